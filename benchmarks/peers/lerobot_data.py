@@ -1,0 +1,82 @@
+"""Push-T as a LeRobotDataset: written once by LeRobot's own recorder, then read with LeRobot's windows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import lerobot
+import numpy as np
+import zarr
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.sampler import EpisodeAwareSampler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+REPO_ID = "benchmark/pusht"
+IMAGE = "observation.image"
+FPS = 10
+
+
+def written_dataset(source: Path, cache: Path, episodes: int, video: bool) -> Path:
+    """Write the first ``episodes`` episodes with LeRobot, its default video codec included; reuse what is there.
+
+    Args:
+        source: Push-T in the Zarr replay-buffer layout.
+        cache: folder that keeps the datasets between runs.
+        episodes: number of episodes.
+        video: with the camera, or state and action only.
+
+    Returns:
+        The folder of the dataset.
+    """
+    target = cache / f"pusht-lerobot{lerobot.__version__}-{episodes}-{'video' if video else 'state'}"
+    if target.exists():
+        return target
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    root = zarr.open_group(str(source), mode="r")
+    state, action, ends = root["data/state"][:], root["data/action"][:], root["meta/episode_ends"][:episodes]
+    features = {
+        "observation.state": {"dtype": "float32", "shape": (state.shape[1],), "names": None},
+        "action": {"dtype": "float32", "shape": (action.shape[1],), "names": None},
+    }
+    if video:
+        features[IMAGE] = {"dtype": "video", "shape": root["data/img"].shape[1:], "names": ["height", "width", "channel"]}
+    dataset = LeRobotDataset.create(REPO_ID, FPS, features, root=partial, use_videos=video)
+    for start, end in zip(np.concatenate([[0], ends[:-1]]), tqdm(ends, desc=f"writing {target.name}"), strict=True):
+        images = root["data/img"][start:end].astype(np.uint8) if video else None
+        for step in range(start, end):
+            frame = {"observation.state": state[step], "action": action[step], "task": "push the T onto the target"}
+            if images is not None:
+                frame[IMAGE] = images[step - start]
+            dataset.add_frame(frame)
+        dataset.save_episode()
+    dataset.finalize()
+    partial.rename(target)
+    return target
+
+
+def window_dataset(folder: Path, video: bool, horizon: int = 16, n_obs: int = 2) -> LeRobotDataset:
+    """The dataset with windows that end ``n_obs - 1`` steps before and begin at the newest observation's step."""
+    history = [(i - n_obs + 1) / FPS for i in range(n_obs)]
+    chunk = [(i - n_obs + 1) / FPS for i in range(horizon)]
+    deltas = {"observation.state": history, "action": chunk} | ({IMAGE: history} if video else {})
+    return LeRobotDataset(REPO_ID, root=folder, delta_timestamps=deltas)
+
+
+def window_batches(dataset: LeRobotDataset, batch_size: int, workers: int) -> DataLoader:
+    """The DataLoader of LeRobot's training script: its sampler leaves out the last 7 frames of every episode."""
+    sampler = EpisodeAwareSampler(
+        dataset.meta.episodes["dataset_from_index"],
+        dataset.meta.episodes["dataset_to_index"],
+        drop_n_last_frames=7,
+        shuffle=True,
+    )
+    return DataLoader(
+        dataset, batch_size, sampler=sampler, num_workers=workers, prefetch_factor=2, persistent_workers=True
+    )

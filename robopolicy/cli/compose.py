@@ -1,0 +1,140 @@
+"""Hydra configurations from the command line, with errors that say what was meant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra import main as hydra_main
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import robopolicy
+from robopolicy.errors import UserError, did_you_mean
+
+
+def config_folder() -> Path:
+    """The Hydra tree: inside the installed package, or beside it in a source checkout."""
+    package = Path(robopolicy.__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def compose_config(name: str, overrides: Sequence[str], config_dir: Path | None = None) -> dict[str, Any]:
+    """Compose a configuration.
+
+    Args:
+        name: the primary configuration, e.g. ``train``.
+        overrides: Hydra overrides, e.g. ``task=pusht_image``, ``train.steps=500``.
+        config_dir: the user's own tree, searched too.
+
+    Returns:
+        Plain values, interpolations resolved.
+
+    Raises:
+        UserError: an unknown key or group option (with a did-you-mean), a bad value, a value that must be given.
+    """
+    extra = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
+    parsed = _parse(overrides)
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        try:
+            config = compose(name, [*extra, *overrides])
+        except MissingConfigException as error:
+            raise UserError(_unknown_option(parsed, config_dir, error)) from error
+        except (ConfigCompositionException, HydraException, OmegaConfBaseException) as error:
+            raise UserError(_unknown_key(name, parsed, extra, error)) from error
+    return resolve(config)
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """Plain values of a configuration.
+
+    Raises:
+        UserError: an entry that must be given is missing, or an interpolation fails.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"Please give {', '.join(f'{key}=…' for key in missing)} on the command line.")
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration cannot be resolved: {error}") from error
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def override_plain(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply ``key=value`` overrides to a stored configuration.
+
+    Raises:
+        UserError: an unknown key.
+    """
+    config = OmegaConf.create(plain)
+    known = _dotted(plain)
+    for override in _parse(overrides):
+        if override.key_or_group not in known:
+            raise UserError(f"Unknown key '{override.key_or_group}'.{did_you_mean(override.key_or_group, known)}")
+        OmegaConf.update(config, override.key_or_group, override.value())
+    return resolve(config)
+
+
+def multirun(name: str, overrides: Sequence[str], run: Callable[[dict[str, Any]], None]) -> None:
+    """Run every combination of comma-separated overrides through Hydra's sweeper and launcher."""
+
+    def job(config: DictConfig) -> None:
+        try:
+            run(resolve(config))
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+    first_choices = [o for o in _parse(overrides) if not o.is_sweep_override()]
+    compose_config(name, [o.input_line for o in first_choices if o.input_line])  # typos end here, before any job
+    sys.argv = [sys.argv[0], "--multirun", *overrides]
+    hydra_main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(
+            f"Cannot read the overrides {list(overrides)}: write them as key=value, e.g. train.steps=500. {error}"
+        ) from error
+
+
+def _unknown_option(overrides: list[Override], config_dir: Path | None, error: MissingConfigException) -> str:
+    folders = [config_folder(), *([config_dir] if config_dir else [])]
+    for override in overrides:
+        options = {file.stem for folder in folders for file in (folder / override.key_or_group).glob("*.yaml")}
+        if options and override.value() not in options:
+            return (
+                f"There is no {override.key_or_group} '{override.value()}'."
+                f"{did_you_mean(str(override.value()), options)} Known: {', '.join(sorted(options))}."
+            )
+    return str(error)
+
+
+def _unknown_key(name: str, overrides: list[Override], extra: list[str], error: Exception) -> str:
+    groups = {folder.name for folder in config_folder().iterdir() if folder.is_dir()}
+    chosen = [o.input_line for o in overrides if o.key_or_group in groups and o.input_line]
+    known = _dotted(OmegaConf.to_container(compose(name, [*extra, *chosen])))
+    for override in overrides:
+        key = override.key_or_group
+        if key not in known and key not in groups and not override.is_add() and not key.startswith("hydra"):
+            return f"Unknown key '{key}'.{did_you_mean(key, known | groups)}"
+    return str(error).splitlines()[0]
+
+
+def _dotted(plain: Any, prefix: str = "") -> set[str]:
+    """All keys of nested mappings, as Hydra writes them."""
+    names: set[str] = set()
+    for key, value in plain.items():
+        names.add(prefix + str(key))
+        if isinstance(value, dict):
+            names |= _dotted(value, f"{prefix}{key}.")
+    return names

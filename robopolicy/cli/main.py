@@ -1,0 +1,58 @@
+"""The command line: one verb per step of a user's day."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from robopolicy import __version__
+from robopolicy.errors import UserError
+
+TUTORIAL = """\
+From demonstrations to a deployed policy.
+
+  1. get demonstrations     robopolicy record --task push_puck --episodes 200 --out data/push_puck.zarr
+                            (datasets of diffusion_policy and UMI, .zarr or .zarr.zip, work as they are)
+  2. look at them           robopolicy data show data/push_puck.zarr
+                            robopolicy data doctor data/push_puck.zarr
+  3. train a policy         robopolicy train task=push_puck policy=diffusion_unet_small data.path=data/push_puck.zarr
+  4. judge it               robopolicy eval bundle=runs/push_puck/…/bundles/last episodes=200
+  5. compare two policies   robopolicy compare results/a results/b
+
+Every verb explains itself: robopolicy train --help
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from robopolicy.cli import compare, data, evaluate, record, train
+
+    parser = argparse.ArgumentParser(
+        prog="robopolicy", description=TUTORIAL, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"robopolicy {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for module in (record, data, train, evaluate, compare):
+        module.add_parser(verbs)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 2 after an error that the user can fix, 130 after Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "matplotlib", "PIL", "h5py", "torch"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    args = build_parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""``robopolicy train``"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from robopolicy.cli.compose import compose_config, multirun, override_plain
+from robopolicy.errors import UserError
+
+if TYPE_CHECKING:
+    from robopolicy.policies.base import Policy
+    from robopolicy.training.loop import Evaluate
+
+HELP = """\
+Train a policy on a dataset.
+
+  robopolicy train task=pusht_state data.path=pusht_cchi_v7_replay.zarr
+  robopolicy train task=pusht_state policy=diffusion_unet_small train=pusht_cpu data.path=…   15 minutes on 2 cores
+  robopolicy train task=pusht_image data.path=… train.batch_size=32 train.precision=bf16
+  robopolicy train -m train.seed=1,2,3 task=pusht_state data.path=…                           a sweep
+  robopolicy train --resume runs/pusht_state/diffusion_unet-seed42                            go on after a crash
+  torchrun --nproc-per-node 2 -m robopolicy.cli.main train task=… data.path=…                 several GPUs
+
+Groups: task=…, policy=…, train=… choose a file of the configuration tree; anything in it can be overridden with
+key=value. --print-config shows the result. A task of your own: a YAML file in DIR/task and --config-dir DIR.
+
+The run's folder holds config.json, metrics.jsonl, TensorBoard files, first_batch.png (what the network sees),
+checkpoints/ (to resume; safe against a crash at any moment) and bundles/ (deployable: averaged weights, normalisers,
+specification); bundles/last is the end of training, the others are the best of the evaluations during training.
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "train",
+        help="train a policy on a dataset",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="choices and overrides, see above")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of key=a,b,c")
+    parser.add_argument("--config-dir", type=Path, help="folder with your own task/, policy/, train/ YAML files")
+    parser.add_argument("--print-config", action="store_true", help="print the composed configuration and stop")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.multirun:
+        overrides = list(args.overrides)
+        if not any(o.startswith("out=") for o in overrides):
+            overrides.append("out='runs/${task.name}/sweep/${hydra:job.override_dirname}'")
+        multirun("train", overrides, lambda plain: start(plain, resume=False))
+        return 0
+    if args.resume is not None:
+        file = args.resume / "config.json"
+        if not file.is_file():
+            raise UserError(f"{args.resume} is not a training run: it has no config.json.")
+        plain = override_plain(json.loads(file.read_text()), args.overrides) | {"out": str(args.resume)}
+    else:
+        plain = compose_config("train", args.overrides, args.config_dir)
+    if args.print_config:
+        print(json.dumps(plain, indent=2))
+        return 0
+    start(plain, resume=args.resume is not None)
+    return 0
+
+
+def start(plain: dict[str, Any], resume: bool) -> None:
+    """Train with a composed configuration."""
+    from robopolicy.configuration import dataclass_from
+    from robopolicy.training.checkpoint import has_checkpoint
+    from robopolicy.training.loop import RunConfig, train
+
+    wanted = {name: plain[name] for name in ("out", "task", "data", "policy", "train")}
+    config = dataclass_from(RunConfig, wanted, "config")
+    out = Path(config.out)
+    if not resume and has_checkpoint(out / "checkpoints"):
+        raise UserError(
+            f"{out} already holds a training run. Continue it with --resume {out}, or choose another folder with out=…"
+        )
+    evaluate = evaluation_of(plain) if config.train.evaluate_every else None
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(plain, indent=2))
+    bundle = train(config, plain, evaluate, resume)
+    print(f"bundle: {bundle}\njudge it with: robopolicy eval bundle={bundle}")
+
+
+def evaluation_of(plain: Mapping[str, Any]) -> Evaluate:
+    """What judges the policy during training.
+
+    Raises:
+        UserError: the task names no environment, or no such environment exists.
+    """
+    from robopolicy.evaluation.environments import environment
+    from robopolicy.evaluation.evaluate import evaluate
+
+    name, settings = plain["task"]["environment"], plain["evaluation"]
+    if not name:
+        raise UserError("train.evaluate_every needs a task with an environment; set train.evaluate_every=0.")
+    environment(name)
+
+    def judge(policy: Policy, step: int) -> dict[str, float]:
+        result = evaluate(policy, name, videos=0, **settings)
+        return {
+            "eval/score": result.metric("mean_score").value,
+            "eval/success_rate": result.metric("success_rate").value,
+        }
+
+    return judge

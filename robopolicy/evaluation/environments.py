@@ -1,0 +1,188 @@
+"""The environments that policies are evaluated in, by short name, each described completely enough to be checked."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import gymnasium
+
+from robopolicy.errors import UserError, did_you_mean
+from robopolicy.evaluation import pusht
+from robopolicy.spec import KeySpec, PolicySpec, check_keys
+
+SIMULATOR_NAMESPACE = "robopolicy_sim"
+IMAGE_SIZE = 96  # side in pixels, unless the policy wants another
+DEFAULT_MAX_STEPS = 300  # of an environment that was registered without a limit
+VIDEO_SIZE = (240, 320)  # (height, width) in pixels
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One evaluation environment.
+
+    Attributes:
+        name: what the user types.
+        keys: the observations it offers, by key.
+        action: the action it takes, an absolute target unless the unit says otherwise.
+        fps: control steps per second.
+        max_steps: control steps after which an episode ends unsuccessfully; `dataclasses.replace` to change it.
+        score: definition of an episode's score, for reports. The score is always the maximum of the reward over the
+            steps of the episode.
+        success: definition of an episode's success, for reports; ``info["success"]`` was true after some step.
+        reset: what an episode's seed decides, for reports.
+        packages: distributions whose versions decide the outcome.
+        build: makes the Gymnasium environment with exactly the given observation keys; picklable.
+        any_image_size: images are rendered at the (square) size that the policy wants.
+    """
+
+    name: str
+    keys: Mapping[str, KeySpec]
+    action: KeySpec
+    fps: float
+    max_steps: int
+    score: str
+    success: str
+    reset: str
+    packages: tuple[str, ...]
+    build: Callable[[Sequence[KeySpec]], gymnasium.Env]
+    any_image_size: bool = False
+
+    def check(self, spec: PolicySpec) -> None:
+        """Compare with what a policy reads and writes.
+
+        Raises:
+            UserError: one line for each key that does not fit, or the control rates differ.
+        """
+        offered = {**self.keys, self.action.key: self.action}
+        if self.any_image_size:
+            offered |= {key: replace(offered[key], shape=shape) for key, shape in self._square_images(spec).items()}
+        check_keys(offered, (*spec.observations, spec.action), f"The policy and the environment '{self.name}'")
+        if spec.fps != self.fps:
+            raise UserError(
+                f"The environment '{self.name}' runs at {self.fps:g} steps/s, the policy was trained for "
+                f"{spec.fps:g}. Train it on data at {self.fps:g} Hz, or choose another environment."
+            )
+
+    def _square_images(self, spec: PolicySpec) -> dict[str, tuple[int, ...]]:
+        shapes = {key.key: key.shape for key in spec.images if key.key in self.keys}
+        if len(set(shapes.values())) > 1 or any(height != width for height, width, _ in shapes.values()):
+            raise UserError(
+                f"The environment '{self.name}' renders all images square and of one size, wanted {shapes}."
+            )
+        return shapes
+
+    def make(self, spec: PolicySpec) -> gymnasium.Env:
+        """Make the Gymnasium environment; of the images, only those that the policy reads are rendered.
+
+        Its observations are a dictionary of ``(*key.shape)`` arrays, ``render()`` gives a frame for videos.
+
+        Raises:
+            UserError: the policy does not fit, see `check`.
+        """
+        self.check(spec)
+        return self.build(spec.observations)
+
+    def versions(self) -> dict[str, str]:
+        """Version of every package that decides the outcome of an episode."""
+        return {name: _version(name) for name in self.packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # imported from a source tree
+        return "not installed as a package"
+
+
+PUSHT = Environment(
+    name="pusht",
+    keys={key.key: key for key in (pusht.STATE, pusht.AGENT_POS, pusht.IMAGE)},
+    action=pusht.ACTION,
+    fps=10,
+    max_steps=pusht.MAX_STEPS,
+    score="max over steps of min(coverage / 0.95, 1); coverage: share of the goal area that the block covers",
+    success="coverage exceeded 0.95 at some step, which ends the episode",
+    reset="RandomState(seed): agent randint(50, 450) x2, block randint(100, 400) x2, angle randn * 2 pi - pi",
+    packages=("gym-pusht", "pymunk", "gymnasium", "numpy"),
+    build=pusht.PushT,
+)
+
+ENVIRONMENTS: dict[str, Environment] = {PUSHT.name: PUSHT}
+
+
+def environment(name: str) -> Environment:
+    """Look an evaluation environment up: `ENVIRONMENTS`, then the simulator's Gymnasium environments.
+
+    Args:
+        name: e.g. ``pusht``; ``push_puck`` stands for the Gymnasium id ``robopolicy_sim/PushPuck-v0`` (the highest
+            version that is registered).
+
+    Raises:
+        UserError: there is no such environment; names the closest one.
+    """
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name]
+    simulated = _simulator_ids()
+    if name in simulated:
+        return _simulated(name, simulated[name])
+    hint = did_you_mean(name, (*ENVIRONMENTS, *simulated))
+    missing = "" if simulated else " The simulator is not registered; install it with: pip install 'robopolicy[sim]'"
+    raise UserError(f"There is no environment '{name}'.{hint}{missing}")
+
+
+def _simulator_ids() -> dict[str, str]:
+    """Gymnasium ids of the simulator by short name; the package registers itself through Gymnasium's entry points."""
+    found = [spec for spec in gymnasium.registry.values() if spec.namespace == SIMULATOR_NAMESPACE]
+    found.sort(key=lambda spec: spec.version or 0)
+    return {_snake_case(spec.name): spec.id for spec in found}
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _simulated(name: str, gymnasium_id: str) -> Environment:
+    """Describe an environment of the simulator.
+
+    Its observations are a dictionary with our keys, its reward is the progress in [0, 1], ``info["success"]`` is there,
+    every camera of its MuJoCo model can be observed, and the constructor takes ``cameras``, ``image_size`` and
+    ``render_size``. ``metadata["units"]``, where there, holds units by key.
+    """
+    env: Any = gymnasium.make(gymnasium_id).unwrapped
+    vectors, action, metadata, model = env.observation_space, env.action_space, env.metadata, env.model
+    env.close()
+    units = metadata.get("units", {})
+    keys = [KeySpec(key, space.shape, unit=units.get(key, "")) for key, space in vectors.items()]
+    cameras = [f"observation.image.{model.camera(i).name}" for i in range(model.ncam)]
+    keys += [KeySpec(key, (IMAGE_SIZE, IMAGE_SIZE, 3), role="image") for key in cameras]
+    return Environment(
+        name=name,
+        keys={key.key: key for key in keys},
+        action=KeySpec("action", action.shape, role="action", unit=units.get("action", "")),
+        fps=metadata["render_fps"],
+        max_steps=gymnasium.spec(gymnasium_id).max_episode_steps or DEFAULT_MAX_STEPS,
+        score="max over steps of the progress in [0, 1] that the environment reports as reward",
+        success="the environment reported success after some step",
+        reset=f"{gymnasium_id}.reset(seed=seed)",
+        packages=("robopolicy", "mujoco", "gymnasium", "numpy"),
+        build=partial(_make_simulated, gymnasium_id),
+        any_image_size=True,
+    )
+
+
+def _make_simulated(gymnasium_id: str, keys: Sequence[KeySpec]) -> gymnasium.Env:
+    images = [key for key in keys if key.role == "image"]
+    return gymnasium.make(
+        gymnasium_id,
+        max_episode_steps=-1,  # the rollout counts the steps
+        disable_env_checker=True,
+        render_mode="rgb_array",
+        render_size=VIDEO_SIZE,
+        cameras=tuple(key.key.removeprefix("observation.image.") for key in images),
+        image_size=images[0].shape[0] if images else IMAGE_SIZE,
+    )

@@ -1,0 +1,137 @@
+"""Conditional 1-D U-Net over action chunks (Janner et al. 2022; Chi et al. 2023, with FiLM conditioning)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from robopolicy.nets.fast import Mish, ShortGroupNorm
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Sine and cosine features of the noise level (Vaswani et al. 2017), (B,) -> (B, dim)."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        half = dim // 2
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half) / (half - 1))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        phase = t.float()[:, None] * self.frequencies
+        return torch.cat([phase.sin(), phase.cos()], dim=-1)
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution, group normalisation, Mish: (B, in, T) -> (B, out, T)."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel_size: int, n_groups: int) -> None:
+        super().__init__(
+            nn.Conv1d(dim_in, dim_out, kernel_size, padding=kernel_size // 2),
+            ShortGroupNorm(n_groups, dim_out),
+            Mish(),
+        )
+
+
+class FilmResidualBlock(nn.Module):
+    """Two convolution blocks with a scale and bias per channel in between (FiLM, Perez et al. 2018)."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel_size: int, n_groups: int) -> None:
+        super().__init__()
+        self.first = ConvBlock(dim_in, dim_out, kernel_size, n_groups)
+        self.second = ConvBlock(dim_out, dim_out, kernel_size, n_groups)
+        self.skip = nn.Conv1d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+        self.film_dim = 2 * dim_out
+
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        """Map x (B, in, T) with film (B, 2 * out), scale before bias, to (B, out, T)."""
+        scale, bias = film.unsqueeze(-1).chunk(2, dim=1)
+        return self.second(torch.addcmul(bias, self.first(x), scale)) + self.skip(x)
+
+
+class ConditionalUnet1d(nn.Module):
+    """Predicts noise (or another target) for action chunks.
+
+    Every residual block is modulated by one slice of a single vector, the sum of a part that depends on the noise level
+    and a part that depends on the observation. The latter is computed once per chunk (`condition`), not once per
+    denoising step; both are one matrix product for all blocks together.
+
+    Args:
+        action_dim: A.
+        cond_dim: length of the observation features.
+        down_dims: channels of the levels; the chunk is halved between two levels, so its length must be divisible by
+            ``2 ** (len(down_dims) - 1)``.
+        kernel_size: kernel of the convolutions, odd.
+        n_groups: groups of the normalisation; divides every channel number.
+        step_embed_dim: length of the noise-level embedding.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        cond_dim: int,
+        down_dims: tuple[int, ...] = (256, 512, 1024),
+        kernel_size: int = 5,
+        n_groups: int = 8,
+        step_embed_dim: int = 256,
+    ) -> None:
+        super().__init__()
+
+        def block(dim_in: int, dim_out: int) -> FilmResidualBlock:
+            return FilmResidualBlock(dim_in, dim_out, kernel_size, n_groups)
+
+        self.step_encoder = nn.Sequential(
+            SinusoidalEmbedding(step_embed_dim),
+            nn.Linear(step_embed_dim, 4 * step_embed_dim),
+            Mish(),
+            nn.Linear(4 * step_embed_dim, step_embed_dim),
+        )
+        dims = (action_dim, *down_dims)
+        levels = list(zip(dims[:-1], dims[1:], strict=True))
+        self.down = nn.ModuleList(nn.ModuleList([block(a, b), block(b, b)]) for a, b in levels)
+        self.downsample = nn.ModuleList(nn.Conv1d(b, b, 3, stride=2, padding=1) for _, b in levels[:-1])
+        self.middle = nn.ModuleList([block(dims[-1], dims[-1]), block(dims[-1], dims[-1])])
+        self.up = nn.ModuleList(nn.ModuleList([block(2 * b, a), block(a, a)]) for a, b in reversed(levels[1:]))
+        self.upsample = nn.ModuleList(
+            nn.ConvTranspose1d(a, a, 4, stride=2, padding=1) for a, _ in reversed(levels[1:])
+        )
+        self.head = nn.Sequential(
+            ConvBlock(down_dims[0], down_dims[0], kernel_size, n_groups), nn.Conv1d(down_dims[0], action_dim, 1)
+        )
+        self._film_dims = [m.film_dim for m in self.modules() if isinstance(m, FilmResidualBlock)]
+        self.film_step = nn.Sequential(Mish(), nn.Linear(step_embed_dim, sum(self._film_dims)))
+        self.film_cond = nn.Sequential(Mish(), nn.Linear(cond_dim, sum(self._film_dims), bias=False))
+
+    def condition(self, features: Tensor) -> Tensor:
+        """Turn observation features (B, cond_dim) into the modulation (B, M) that `forward` takes, once per chunk."""
+        return self.film_cond(features)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """Predict the target for noised chunks.
+
+        Args:
+            x: (B, H, A) noised, normalised action chunks.
+            t: (B,) noise levels (DDPM time steps).
+            cond: (B, M) from `condition`.
+
+        Returns:
+            (B, H, A).
+        """
+        films = iter((cond + self.film_step(self.step_encoder(t))).split(self._film_dims, dim=1))
+        h = x.transpose(1, 2)
+        skips = []
+        for level, (first, second) in enumerate(self.down):
+            h = second(first(h, next(films)), next(films))
+            skips.append(h)
+            if level < len(self.downsample):
+                h = self.downsample[level](h)
+        for block in self.middle:
+            h = block(h, next(films))
+        for (first, second), upsample in zip(self.up, self.upsample, strict=True):
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = upsample(second(first(h, next(films)), next(films)))
+        return self.head(h).transpose(1, 2)

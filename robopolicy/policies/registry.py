@@ -1,0 +1,40 @@
+"""The known policy architectures: a name, its configuration dataclass, its class. A new family is one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from robopolicy.configuration import dataclass_from
+from robopolicy.data.normalize import Normalizer
+from robopolicy.errors import UserError, did_you_mean
+from robopolicy.policies.base import Policy
+from robopolicy.policies.diffusion_unet import DiffusionUnet, DiffusionUnetConfig
+from robopolicy.spec import PolicySpec
+
+POLICIES: dict[str, tuple[type, type[Policy]]] = {
+    "diffusion_unet": (DiffusionUnetConfig, DiffusionUnet),
+}
+
+
+def build_policy(name: str, config: Any, spec: PolicySpec, normalizer: Normalizer, where: str = "policy") -> Policy:
+    """Build a policy with fresh weights.
+
+    Args:
+        name: a key of `POLICIES`.
+        config: plain values of its configuration.
+        spec: keys and horizons.
+        normalizer: fitted normalisers.
+        where: names the source of ``config`` in errors.
+
+    Raises:
+        UserError: unknown architecture, or unknown or ill-typed configuration entries.
+    """
+    if name not in POLICIES:
+        raise UserError(f"{where}: unknown architecture '{name}'.{did_you_mean(str(name), POLICIES)}")
+    config_class, policy_class = POLICIES[name]
+    return policy_class(dataclass_from(config_class, config, where), spec, normalizer)  # type: ignore[call-arg]
+
+
+def policy_name(policy: Policy) -> str:
+    """The registry's name of a policy's class."""
+    return next(name for name, (_, kind) in POLICIES.items() if type(policy) is kind)

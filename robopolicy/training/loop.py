@@ -1,0 +1,272 @@
+"""The training loop, one for every model: data, updates, averaged weights, validation, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from robopolicy import __version__
+from robopolicy.data.loader import WindowLoader
+from robopolicy.policies.base import Policy
+from robopolicy.policies.bundle import save_bundle
+from robopolicy.policies.registry import build_policy
+from robopolicy.training.best import BestBundles
+from robopolicy.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from robopolicy.training.config import DataConfig, TrainConfig
+from robopolicy.training.dataset import TaskConfig, TrainingData, prepare_data
+from robopolicy.training.distributed import Processes, join_processes
+from robopolicy.training.first_batch import draw_first_batch
+from robopolicy.training.metrics import MetricsLog
+from robopolicy.training.step import LossModule, build_optimizer, learning_rate, step_generator, train_step
+
+log = logging.getLogger(__name__)
+
+Evaluate = Callable[[Policy, int], Mapping[str, float]]
+"""Judges the averaged policy at a step; returns metrics, among them ``eval/score``."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a training run.
+
+    Attributes:
+        out: the run's folder.
+        task: what is learned.
+        data: on which windows.
+        policy: architecture: ``name`` of the registry and its ``config``, plain values.
+        train: how long and how.
+    """
+
+    out: str
+    task: TaskConfig
+    data: DataConfig
+    policy: dict[str, Any]
+    train: TrainConfig
+
+
+class Run:
+    """The state of a training run: the policy, its averaged copy, the optimiser and the step."""
+
+    def __init__(self, config: RunConfig, plain: Mapping[str, Any], processes: Processes) -> None:
+        self.config, self.plain, self.processes = config, plain, processes
+        self.out = Path(config.out)
+        train = config.train
+        torch.manual_seed(train.seed)
+        self.data: TrainingData = prepare_data(config.task, config.data, train, processes)
+        self.policy = build_policy(
+            config.policy["name"], config.policy["config"], self.data.spec, self.data.normalizer, "policy.config"
+        ).to(processes.device)
+        self.averaged = copy.deepcopy(self.policy).eval()
+        self.ema = EMAModel(
+            self.policy.parameters(),
+            decay=train.ema.max_decay,
+            use_ema_warmup=True,
+            power=train.ema.power,
+            foreach=True,
+        )
+        self.optimizer = build_optimizer(self.policy, train.optim)
+        self.step = 0
+        self.loss_module = self._wrapped()
+
+    def _wrapped(self) -> nn.Module:
+        module: nn.Module = LossModule(self.policy)
+        if self.config.train.compile:
+            module = torch.compile(module)  # type: ignore[assignment]
+        return DistributedDataParallel(module) if self.processes.several else module
+
+    def draws(self, step: int) -> dict[str, Tensor]:
+        """This process's rows of the randomness of one global batch."""
+        batch_size = self.config.train.batch_size
+        drawn = self.policy.draw(batch_size, step_generator(self.config.train.seed, step))
+        return {name: value[self.processes.rows(batch_size)] for name, value in drawn.items()}
+
+    def update(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Do the next update; returns loss and gradient norm, on the device."""
+        train, device = self.config.train, self.processes.device
+        loss, norm = train_step(
+            self.loss_module,
+            self.optimizer,
+            _to(batch, device),
+            _to(self.draws(self.step), device),
+            lr=learning_rate(train.optim, self.step, train.steps),
+            clip_norm=train.optim.clip_norm,
+            accumulate=train.accumulate,
+            bf16=train.precision == "bf16",
+        )
+        self.ema.step(self.policy.parameters())
+        self.step += 1
+        return loss, norm
+
+    def averaged_policy(self) -> Policy:
+        """The policy with the averaged weights of this moment."""
+        self.ema.copy_to(self.averaged.parameters())
+        return self.averaged
+
+    def save(self, best: BestBundles) -> None:
+        save_checkpoint(
+            self.out / "checkpoints", self.step, self.policy, self.ema, self.optimizer, {"best": best.state()}
+        )
+
+    def provenance(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            "robopolicy": __version__,
+            "commit": _commit(),
+            "torch": str(torch.__version__),
+            "dataset": {"path": str(self.config.data.path), "fingerprint": self.data.fingerprint},
+            "seed": self.config.train.seed,
+            "step": self.step,
+            "metrics": dict(metrics),
+            "config": dict(self.plain),
+        }
+
+    def save_bundle(self, path: Path, metrics: Mapping[str, float]) -> Path:
+        task = {"name": self.config.task.name, "environment": self.config.task.environment}
+        return save_bundle(self.averaged_policy(), path, task=task, provenance=self.provenance(metrics))
+
+
+def train(config: RunConfig, plain: Mapping[str, Any], evaluate: Evaluate | None = None, resume: bool = False) -> Path:
+    """Train a policy.
+
+    Args:
+        config: the run.
+        plain: the same as plain values, kept in the bundle.
+        evaluate: called every ``train.evaluate_every`` steps.
+        resume: continue from the run's last checkpoint.
+
+    Returns:
+        The bundle of the last step.
+    """
+    processes = join_processes(config.train.device)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    run = Run(config, plain, processes)
+    best = BestBundles(run.out / "bundles", config.train.keep_best)
+    if resume and has_checkpoint(run.out / "checkpoints"):
+        state = load_checkpoint(run.out / "checkpoints", run.policy, run.ema, run.optimizer)
+        run.step = state["step"]
+        best.restore(state["best"])
+        log.info("resumed at step %d", run.step)
+    run.out.mkdir(parents=True, exist_ok=True)
+    log.info("%s: %.2f M parameters", config.policy["name"], sum(p.numel() for p in run.policy.parameters()) / 1e6)
+    metrics: dict[str, float] = {}
+    main_log = MetricsLog(run.out, config.train, run.step, plain) if processes.main else None
+    with main_log or nullcontext():
+        for step, values in _steps(run, best, evaluate):
+            metrics |= values
+            if main_log is not None:
+                main_log.write(step, values)
+    bundle = run.out / "bundles" / "last"
+    if processes.main:
+        run.save_bundle(bundle, metrics)
+    processes.barrier()
+    return bundle
+
+
+def _steps(run: Run, best: BestBundles, evaluate: Evaluate | None) -> Any:
+    """Run all remaining updates; yields (step, metrics) whenever there is something to log."""
+    train, main = run.config.train, run.processes.main
+    batches = run.data.training.batches(start=run.step)
+    first = run.step
+    bar = tqdm(total=train.steps, initial=first, desc="training", unit="step", disable=not main, smoothing=0.05)
+    began, counted = time.perf_counter(), first
+    with bar:
+        for batch in batches:
+            if run.step >= train.steps:
+                break
+            if run.step == 0 and main:
+                draw_first_batch(run.policy, batch, run.draws(0), run.out / "first_batch.png")
+            loss, norm = run.update(batch)
+            bar.update()
+            values: dict[str, float] = {}
+            if run.step % train.log_every == 0 or run.step == train.steps:
+                values = {"train/loss": loss.item(), "train/grad_norm": norm.item(), "train/lr": _lr(run)}
+                elapsed = time.perf_counter() - began
+                values["speed/steps_per_s"] = (run.step - counted) / elapsed
+                values["speed/samples_per_s"] = values["speed/steps_per_s"] * train.batch_size
+                bar.set_postfix_str(
+                    f"loss {values['train/loss']:.4f}, {values['speed/samples_per_s']:.0f} samples/s", refresh=False
+                )
+            if main:
+                values |= _judge(run, best, evaluate)
+            if values and main:
+                yield run.step, values
+            if main and (run.step % train.checkpoint_every == 0 or run.step == train.steps):
+                run.save(best)
+            if values:
+                began, counted = time.perf_counter(), run.step
+            if run.step % train.checkpoint_every == 0:
+                run.processes.barrier()
+
+
+def _judge(run: Run, best: BestBundles, evaluate: Evaluate | None) -> dict[str, float]:
+    """Validation and evaluation when they are due at this step."""
+    train, values = run.config.train, {}
+    last = run.step == train.steps
+    if run.data.validation is not None and (run.step % train.validate_every == 0 or last):
+        values |= validate(run.averaged_policy(), run.data.validation, train)
+        log.info("step %d: validation loss %.4f, action error %.4g", run.step, *values.values())
+    if evaluate is not None and train.evaluate_every and (run.step % train.evaluate_every == 0 or last):
+        scores = dict(evaluate(run.averaged_policy(), run.step))
+        values |= scores
+        log.info("step %d: %s", run.step, ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        best.offer(scores["eval/score"], run.step, lambda path: run.save_bundle(path, values))
+    return values
+
+
+@torch.inference_mode()
+def validate(policy: Policy, windows: WindowLoader, config: TrainConfig) -> dict[str, float]:
+    """Loss and action error on held-out windows; the same windows and the same noise each time.
+
+    The action error is the mean absolute difference, in physical units, between one sampled chunk and the recorded
+    one over the executed steps.
+    """
+    loss_sum, error_sum, rows = 0.0, 0.0, 0
+    generator = step_generator(config.seed, 2**31)
+    for batch in windows.batches():
+        size = min(len(batch[policy.spec.action.key]), config.validation_windows - rows)
+        on_device = _to({k: v[:size] for k, v in batch.items()}, policy.device)
+        draws = policy.draw(size, generator)
+        draws.pop("augmentation", None)  # as at inference: centre crop
+        loss_sum += policy.loss(on_device, _to(draws, policy.device)).item() * size
+        chunk = policy.sample(on_device, generator)
+        wrong = (chunk - on_device[policy.spec.action.key])[:, policy.spec.executed].abs()
+        error_sum += wrong.mean().item() * size
+        rows += size
+        if rows >= config.validation_windows:
+            break
+    return {"val/loss": loss_sum / rows, "val/action_error": error_sum / rows}
+
+
+def _lr(run: Run) -> float:
+    return float(run.optimizer.param_groups[0]["lr"])
+
+
+def _to(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {k: v.to(device, non_blocking=True) for k, v in values.items()}
+
+
+def _commit() -> str:
+    """Commit of the source tree that trains, when it is one."""
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def read_plain(out: Path) -> dict[str, Any]:
+    """The configuration that a run was started with."""
+    plain: dict[str, Any] = json.loads((out / "config.json").read_text())
+    return plain

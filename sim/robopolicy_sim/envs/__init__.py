@@ -1,0 +1,1 @@
+"""One file for each task, on top of ``base.MujocoTaskEnv``."""

@@ -1,0 +1,122 @@
+"""PushPuck: a rod on a gantry pushes a puck into a ring on the bench."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from robopolicy_sim.envs.base import CONTROL_HZ, MujocoTaskEnv
+from robopolicy_sim.experts.push_puck import PushPuckExpert, PushPuckGeometry
+
+
+@dataclass(frozen=True)
+class PushPuckConfig:
+    """Start ranges and limits, in metres and metres per second; sizes and masses are in the scene file.
+
+    Attributes:
+        pusher_range: the pusher starts in a square of this half side about the bench's centre.
+        puck_range, goal_range: the same for the puck and the goal.
+        min_travel: smallest distance from the puck's start to the goal.
+        min_clearance: smallest gap between the pusher's and the puck's surfaces at the start.
+        max_speed: speed limit of the commanded pusher position.
+        rest_speed: a faster puck does not count as delivered.
+    """
+
+    pusher_range: float = 0.26
+    puck_range: float = 0.17
+    goal_range: float = 0.17
+    min_travel: float = 0.12
+    min_clearance: float = 0.03
+    max_speed: float = 0.30
+    rest_speed: float = 0.15
+
+
+class PushPuckEnv(MujocoTaskEnv):
+    """Push the puck until it lies inside the ring.
+
+    Action: target position of the pusher (x, y) in metres, absolute; the controller moves towards it at no more than
+    ``max_speed``. State: pusher xy, puck xy, goal xy in metres. Success: the puck's whole disc is inside the ring
+    (its centre within 2.5 cm of the ring's centre) and it is slower than ``rest_speed``.
+    """
+
+    scene = "push_puck.xml"
+    instruction = "push the puck into the ring"
+    state_names = ("pusher_x", "pusher_y", "puck_x", "puck_y", "goal_x", "goal_y")
+    metadata = MujocoTaskEnv.metadata | {
+        "units": {"observation.state": "m", "action": "m"},
+        "names": {"observation.state": state_names, "action": ("pusher_x", "pusher_y")},
+    }
+
+    def __init__(self, *, config: PushPuckConfig | None = None, **rendering: Any) -> None:
+        super().__init__(**rendering)
+        self.config = config or PushPuckConfig()
+        puck, pusher = self.model.geom("puck"), self.model.geom("pusher")
+        self.geometry = PushPuckGeometry(
+            puck_radius=float(puck.size[0]),
+            pusher_radius=float(pusher.size[0]),
+            tolerance=float(self.model.geom("goal_zone").size[0] - puck.size[0]),
+            reach=float(self.model.actuator("carriage_x").ctrlrange[1]),
+        )
+        self._rest_height = float(puck.size[1])
+        self._setpoint = np.zeros(2)
+        self._start_distance = 1.0
+
+    def make_expert(self, seed: int) -> PushPuckExpert:
+        return PushPuckExpert(self.geometry, seed=seed)
+
+    @property
+    def _pusher(self) -> np.ndarray:
+        return self.data.qpos[[1, 0]]  # the bridge (y) carries the carriage (x)
+
+    @property
+    def _puck(self) -> np.ndarray:
+        return self.data.joint("puck").qpos[:2]
+
+    @property
+    def _goal(self) -> np.ndarray:
+        return self.data.mocap_pos[0, :2]
+
+    def _build_action_space(self) -> spaces.Box:
+        low, high = self.model.actuator_ctrlrange.T
+        return spaces.Box(low.astype(np.float32), high.astype(np.float32))
+
+    def _place(self, rng: np.random.Generator) -> None:
+        config = self.config
+        touching = self.geometry.contact_distance + config.min_clearance
+        while True:
+            pusher = rng.uniform(-config.pusher_range, config.pusher_range, 2)
+            puck = rng.uniform(-config.puck_range, config.puck_range, 2)
+            goal = rng.uniform(-config.goal_range, config.goal_range, 2)
+            if np.linalg.norm(goal - puck) >= config.min_travel and np.linalg.norm(pusher - puck) >= touching:
+                break
+        yaw = rng.uniform(-np.pi, np.pi)
+        self.data.qpos[[1, 0]] = pusher
+        self.data.joint("puck").qpos[:] = [*puck, self._rest_height, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+        self.data.mocap_pos[0, :2] = goal
+        self.data.ctrl[:] = self._setpoint = pusher
+        self._start_distance = float(np.linalg.norm(goal - puck))
+
+    def _setpoints(self, action: np.ndarray) -> np.ndarray:
+        low, high = self.model.actuator_ctrlrange.T
+        travel = np.clip(action, low, high) - self._setpoint
+        travel *= min(1.0, self.config.max_speed / CONTROL_HZ / max(float(np.linalg.norm(travel)), 1e-9))
+        ramp = np.arange(1, self._substeps + 1)[:, None] / self._substeps
+        setpoints = self._setpoint + ramp * travel
+        self._setpoint = setpoints[-1]
+        return setpoints
+
+    def _state(self) -> np.ndarray:
+        return np.concatenate([self._pusher, self._puck, self._goal])
+
+    def _distance(self) -> float:
+        return float(np.linalg.norm(self._goal - self._puck))
+
+    def _succeeded(self) -> bool:
+        speed = float(np.linalg.norm(self.data.joint("puck").qvel[:2]))
+        return self._distance() <= self.geometry.tolerance and speed <= self.config.rest_speed
+
+    def _progress(self) -> float:
+        return float(np.clip(1 - self._distance() / self._start_distance, 0, 1))
