@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import av
+import datasets
 import lerobot
 import numpy as np
 import zarr
@@ -16,13 +17,15 @@ from lerobot.datasets.sampler import EpisodeAwareSampler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+datasets.disable_progress_bars()
+
 REPO_ID = "benchmark/pusht"
 IMAGE = "observation.image"
 FPS = 10
 
 
 def written_dataset(source: Path, cache: Path, episodes: int, video: bool) -> Path:
-    """Write the first ``episodes`` episodes with LeRobot, its default video codec included; reuse what is there.
+    """Write the first ``episodes`` episodes with LeRobot, in its default video codec; reuse what is there.
 
     Args:
         source: Push-T in the Zarr replay-buffer layout.
@@ -66,7 +69,30 @@ def window_dataset(folder: Path, video: bool, horizon: int = 16, n_obs: int = 2)
     history = [(i - n_obs + 1) / FPS for i in range(n_obs)]
     chunk = [(i - n_obs + 1) / FPS for i in range(horizon)]
     deltas = {"observation.state": history, "action": chunk} | ({IMAGE: history} if video else {})
-    return LeRobotDataset(REPO_ID, root=folder, delta_timestamps=deltas)
+    return LeRobotDataset(REPO_ID, root=folder, delta_timestamps=deltas, video_backend=video_backend())
+
+
+def video_backend() -> str:
+    """LeRobot's default decoder torchcodec where it finds FFmpeg's libraries, otherwise LeRobot's other one."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        return "pyav"
+    return "torchcodec"
+
+
+def link_ffmpeg(folder: Path) -> None:
+    """Give PyAV's own FFmpeg libraries the names under which torchcodec looks for them, as links in ``folder``.
+
+    Processes started with ``folder`` on LD_LIBRARY_PATH can then use torchcodec without an FFmpeg of the system.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for library in (Path(av.__file__).parent.parent / "av.libs").glob("lib*.so.*"):
+        name = re.match(r"(lib(?:av|sw)[a-z]+)-[0-9a-f]+\.so\.(\d+)\.", library.name)
+        if name is not None:
+            link = folder / f"{name[1]}.so.{name[2]}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(library)
 
 
 def window_batches(dataset: LeRobotDataset, batch_size: int, workers: int) -> DataLoader:
@@ -78,5 +104,10 @@ def window_batches(dataset: LeRobotDataset, batch_size: int, workers: int) -> Da
         shuffle=True,
     )
     return DataLoader(
-        dataset, batch_size, sampler=sampler, num_workers=workers, prefetch_factor=2, persistent_workers=True
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        multiprocessing_context="fork",
+        persistent_workers=True,
     )

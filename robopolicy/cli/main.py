@@ -19,23 +19,30 @@ From demonstrations to a deployed policy.
                             robopolicy data doctor data/push_puck.zarr
   3. train a policy         robopolicy train task=push_puck policy=diffusion_unet_small data.path=data/push_puck.zarr
   4. judge it               robopolicy eval bundle=runs/push_puck/…/bundles/last episodes=200
-  5. compare two policies   robopolicy compare results/a results/b
+  5. compare two policies    robopolicy compare results/a results/b
 
+All of it on an example, in about ten minutes: robopolicy demo
 Every verb explains itself: robopolicy train --help
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from robopolicy.cli import compare, data, evaluate, record, train
+    from robopolicy.cli import compare, data, demo, evaluate, record, train
 
     parser = argparse.ArgumentParser(
         prog="robopolicy", description=TUTORIAL, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"robopolicy {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module in (record, data, train, evaluate, compare):
+    for module in (record, data, train, evaluate, compare, demo):
         module.add_parser(verbs)
     return parser
+
+
+def run_verb(arguments: Sequence[str] | None) -> int:
+    """Parse and run one verb; returns its exit code."""
+    args = build_parser().parse_args(arguments)
+    return int(args.run(args))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "matplotlib", "PIL", "h5py", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    args = build_parser().parse_args(arguments)
     try:
-        return int(args.run(args))
+        return run_verb(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -166,7 +166,7 @@ def _open_store(path: Path, writable: bool) -> tuple[LocalStore | ZipStore, Data
     if not zipfile.is_zipfile(path):
         raise UserError(
             f"{path}: found a file that is no zip archive, wanted a dataset folder or .zarr.zip file. "
-            "Convert other formats with 'robopolicy data import'."
+            "Datasets in other formats must be converted first."
         )
     if writable:
         raise UserError(
@@ -204,7 +204,7 @@ def _no_dataset(path: Path, files: DatasetFiles) -> UserError:
     found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     hint = "Check the path."
     if path.is_dir() and (path / "meta" / "info.json").exists():
-        hint = "This looks like a LeRobot dataset; convert it with 'robopolicy data import'."
+        hint = "This looks like a LeRobot dataset; it must be converted first."
     elif isinstance(files, ZipFiles) and any(name.endswith(".zarr") for name in names):
         hint = f"The dataset lies in the folder '{names[0]}' of the zip file; unpack it and use that folder."
     return UserError(f"{path}: this is no dataset. Found {found}; wanted {_LAYOUT}. {hint}")

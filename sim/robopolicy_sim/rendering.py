@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from dataclasses import dataclass
+from functools import cache
 
 import mujoco
 import numpy as np
@@ -60,8 +62,7 @@ class CameraRenderer:
         self._model = model
         self._shadows = quality.shadow_size > 0
         self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
-        # Contexts must go before the interpreter takes OpenGL apart, also when nobody calls close().
-        self._finalizer = weakref.finalize(self, _close_all, self._renderers)
+        _open_renderers.add(self)
 
     def render(self, data: mujoco.MjData, camera: str, size: tuple[int, int]) -> np.ndarray:
         """Return the camera's image, (height, width, 3) uint8 RGB, for ``size = (height, width)``.
@@ -77,7 +78,8 @@ class CameraRenderer:
 
     def close(self) -> None:
         """Free the OpenGL contexts; safe to call twice."""
-        self._finalizer()
+        while self._renderers:
+            self._renderers.popitem()[1].close()
 
     def _create(self, height: int, width: int) -> mujoco.Renderer:
         buffer = self._model.vis.global_
@@ -90,10 +92,15 @@ class CameraRenderer:
                 f"{DEBIAN_PACKAGES}; where mujoco is imported before robopolicy_sim on a machine without a display, "
                 "set MUJOCO_GL=egl before Python starts."
             ) from error
+        _close_at_exit()
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self._shadows
         return renderer
 
 
-def _close_all(renderers: dict[tuple[int, int], mujoco.Renderer]) -> None:
-    while renderers:
-        renderers.popitem()[1].close()
+_open_renderers: weakref.WeakSet[CameraRenderer] = weakref.WeakSet()
+
+
+@cache
+def _close_at_exit() -> None:
+    """Close what is left open at exit; registered after OpenGL's own hook, and so run before it."""
+    atexit.register(lambda: [renderer.close() for renderer in list(_open_renderers)])

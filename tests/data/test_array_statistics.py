@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robopolicy.data import statistics
+from robopolicy.data import layout, statistics
 from robopolicy.data.schema import ArraySpec
 from robopolicy.data.statistics import ArrayStatistics, array_statistics
 from robopolicy.data.store import EpisodeStore
@@ -28,6 +28,7 @@ def expect(found: ArrayStatistics, columns: np.ndarray, quantiles: float = 1e-9)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, the last one short."""
     monkeypatch.setattr(statistics, "_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 10_000)
 
 
 def test_vectors(tmp_path: Path) -> None:
@@ -47,7 +48,8 @@ def test_images_per_channel_without_overflow(tmp_path: Path, small_blocks: None)
 @pytest.mark.parametrize(("fractional", "exact"), [(False, True), (True, False)])
 def test_float_images(tmp_path: Path, small_blocks: None, fractional: bool, exact: bool) -> None:
     rng = np.random.default_rng(0)
-    images = rng.normal(120, 30, (50, 16, 16, 3)).clip(0, 255) * [1.0, 0.5, 0.1]
+    brightness = np.linspace(60, 180, 50)[:, None, None, None]  # blocks differ in their mean
+    images = rng.normal(brightness, 30, (50, 16, 16, 3)).clip(0, 255) * [1.0, 0.5, 0.1]
     images = (images if fractional else images.round()).astype(np.float32)
     with EpisodeStore.create(tmp_path / "d", [ArraySpec("img", (16, 16, 3), "float32", "image")], fps=1) as store:
         store.append({"img": images})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,17 @@ from .episodes import IMAGE, write_dataset
 LENGTHS = (60, 50, 80)  # enough steps for the statistics of jumps
 
 
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clean") / "d.zarr"
+    write_dataset(path, LENGTHS, image_codec="blosc")
+    return path
+
+
 @pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    write_dataset(tmp_path / "d.zarr", LENGTHS, image_codec="blosc")
-    return tmp_path / "d.zarr"
+def dataset(clean: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(clean, tmp_path / "d.zarr"))
 
 
 def places(problems: list[Problem]) -> list[tuple[str, str, str, int | None, int | None]]:
@@ -71,8 +79,7 @@ def test_the_border_between_episodes_is_no_jump(tmp_path: Path) -> None:
 def test_a_gripper_that_opens_and_closes_is_no_jump(tmp_path: Path) -> None:
     spec = ArraySpec("gripper", (1,), "float32", "action")
     with EpisodeStore.create(tmp_path / "d.zarr", [spec], fps=10) as store:
-        for _ in range(30):
-            store.append({"gripper": (np.arange(200) // 50 % 2).astype(np.float32)[:, None]})
+        store.append({"gripper": (np.arange(30_000) // 250 % 2).astype(np.float32)[:, None]})
     assert diagnose(tmp_path / "d.zarr") == []
 
 
@@ -144,14 +151,21 @@ def test_a_missing_a_cut_and_a_broken_file(dataset: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["blosc", "jpegxl-lossless"])
 def test_a_file_that_cannot_be_decoded(tmp_path: Path, codec: str) -> None:
-    write_dataset(tmp_path / "d.zarr", LENGTHS, image_codec=codec)
-    (tmp_path / "d.zarr" / "data" / IMAGE / "115.0.0.0").write_bytes(b"no image")
-    assert places(diagnose(tmp_path / "d.zarr", deep=True)) == [("error", "undecodable", IMAGE, 2, 5)]
+    write_dataset(tmp_path / "d.zarr", (3, 6), image_codec=codec)
+    (tmp_path / "d.zarr" / "data" / IMAGE / "8.0.0.0").write_bytes(b"no image")
+    assert places(diagnose(tmp_path / "d.zarr", deep=True)) == [("error", "undecodable", IMAGE, 1, 5)]
 
 
 def test_a_broken_file_of_vectors(dataset: Path) -> None:
     (dataset / "data" / "action" / "0.0").write_bytes(b"broken")
     assert places(diagnose(dataset)) == [("error", "undecodable", "action", 0, 0)]
+
+
+def test_steps_of_zeros_are_no_missing_files(tmp_path: Path) -> None:
+    spec = ArraySpec("mask", (8, 8, 1), "uint8", "image")
+    with EpisodeStore.create(tmp_path / "d.zarr", [spec], fps=10, image_codec="blosc") as store:
+        store.append({"mask": np.zeros((3, 8, 8, 1), np.uint8)})
+    assert {p.check for p in diagnose(tmp_path / "d.zarr")} == {"blank-image"}
 
 
 def test_missing_files_of_other_writers_may_be_zeros(tmp_path: Path) -> None:

@@ -92,6 +92,10 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
         """Return the state vector, as ``state_names`` lists it."""
 
     @abstractmethod
+    def _track(self) -> None:
+        """Update what success depends on beyond the present state; runs once after each control step."""
+
+    @abstractmethod
     def _succeeded(self) -> bool: ...
 
     @abstractmethod
@@ -116,6 +120,7 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
             mujoco.mj_step(self.model, self.data)
         # Positions after mj_step are newer than the frames derived from them.
         mujoco.mj_kinematics(self.model, self.data)
+        self._track()
         info = self._info()
         return self._observation(), info["progress"], info["success"], False, info
 

@@ -14,7 +14,7 @@ from robopolicy_sim.experts.push_puck import PushPuckExpert, PushPuckGeometry
 
 @dataclass(frozen=True)
 class PushPuckConfig:
-    """Start ranges and limits, in metres and metres per second; sizes and masses are in the scene file.
+    """Start ranges and limits in metres, metres per second, control steps; sizes and masses are in the scene file.
 
     Attributes:
         pusher_range: the pusher starts in a square of this half side about the bench's centre.
@@ -22,24 +22,24 @@ class PushPuckConfig:
         min_travel: smallest distance from the puck's start to the goal.
         min_clearance: smallest gap between the pusher's and the puck's surfaces at the start.
         max_speed: speed limit of the commanded pusher position.
-        rest_speed: a faster puck does not count as delivered.
+        dwell_steps: control steps in a row that the puck must spend inside the ring.
     """
 
     pusher_range: float = 0.26
-    puck_range: float = 0.17
-    goal_range: float = 0.17
+    puck_range: float = 0.15
+    goal_range: float = 0.05
     min_travel: float = 0.12
     min_clearance: float = 0.03
     max_speed: float = 0.30
-    rest_speed: float = 0.15
+    dwell_steps: int = 4
 
 
 class PushPuckEnv(MujocoTaskEnv):
     """Push the puck until it lies inside the ring.
 
     Action: target position of the pusher (x, y) in metres, absolute; the controller moves towards it at no more than
-    ``max_speed``. State: pusher xy, puck xy, goal xy in metres. Success: the puck's whole disc is inside the ring
-    (its centre within 2.5 cm of the ring's centre) and it is slower than ``rest_speed``.
+    ``max_speed``. State: pusher xy, puck xy, goal xy in metres. Success: the puck's whole disc has been inside the ring
+    (its centre within 3 cm of the ring's centre) for ``dwell_steps`` steps, so shooting it through does not count.
     """
 
     scene = "push_puck.xml"
@@ -63,6 +63,7 @@ class PushPuckEnv(MujocoTaskEnv):
         self._rest_height = float(puck.size[1])
         self._setpoint = np.zeros(2)
         self._start_distance = 1.0
+        self._steps_inside = 0
 
     def make_expert(self, seed: int) -> PushPuckExpert:
         return PushPuckExpert(self.geometry, seed=seed)
@@ -98,6 +99,7 @@ class PushPuckEnv(MujocoTaskEnv):
         self.data.mocap_pos[0, :2] = goal
         self.data.ctrl[:] = self._setpoint = pusher
         self._start_distance = float(np.linalg.norm(goal - puck))
+        self._steps_inside = 0
 
     def _setpoints(self, action: np.ndarray) -> np.ndarray:
         low, high = self.model.actuator_ctrlrange.T
@@ -114,9 +116,11 @@ class PushPuckEnv(MujocoTaskEnv):
     def _distance(self) -> float:
         return float(np.linalg.norm(self._goal - self._puck))
 
+    def _track(self) -> None:
+        self._steps_inside = self._steps_inside + 1 if self._distance() <= self.geometry.tolerance else 0
+
     def _succeeded(self) -> bool:
-        speed = float(np.linalg.norm(self.data.joint("puck").qvel[:2]))
-        return self._distance() <= self.geometry.tolerance and speed <= self.config.rest_speed
+        return self._steps_inside >= self.config.dwell_steps
 
     def _progress(self) -> float:
         return float(np.clip(1 - self._distance() / self._start_distance, 0, 1))

@@ -31,19 +31,23 @@ class PushPuckStyle:
         clearance: gap to the puck while going around it [m].
         travel_speed, push_speed: speeds [m/s].
         lateral_gain: pull of the pusher to the line through puck and goal while it pushes [1/s].
+        brake_gain: slows the push near the goal's centre [1/s].
         push_angle, orbit_angle: the pusher pushes when its bearing is this close to the line, and goes around beyond
             the second; in between it does a blend of both [rad].
+        rest_share: within this share of the tolerance the puck is left where it is.
         tie_angle: this close to the far side of the puck both ways around are as good, and the seed decides [rad].
         lookahead: the target lies this far ahead in time: one control period plus the servo's lag [s].
     """
 
-    clearance: float = 0.03
+    clearance: float = 0.04
     travel_speed: float = 0.25
-    push_speed: float = 0.10
-    lateral_gain: float = 5.0
+    push_speed: float = 0.08
+    lateral_gain: float = 3.5
+    brake_gain: float = 4.0
     push_angle: float = np.deg2rad(25)
     orbit_angle: float = np.deg2rad(50)
-    tie_angle: float = np.deg2rad(25)
+    rest_share: float = 0.3
+    tie_angle: float = np.deg2rad(8)
     lookahead: float = 0.15
 
 
@@ -59,6 +63,8 @@ class PushPuckExpert:
     def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the pusher's target (2,) float32 in metres for ``observation.state`` (pusher, puck, goal; 6,)."""
         pusher, puck, goal = np.asarray(observation["observation.state"], dtype=np.float64).reshape(3, 2)
+        if np.linalg.norm(goal - puck) < self._style.rest_share * self._geometry.tolerance:
+            return pusher.astype(np.float32)
         forward = _unit(goal - puck)
         offset = pusher - puck
         # 0: the pusher is right behind the puck; +-pi: it stands between puck and goal.
@@ -68,14 +74,16 @@ class PushPuckExpert:
         )
         if np.linalg.norm(offset) > self._orbit_radius + 0.5 * self._style.clearance:
             share = 0.0
-        velocity = share * self._push(offset, forward) + (1 - share) * self._approach(offset, forward, bearing)
+        velocity = share * self._push(offset, goal - puck) + (1 - share) * self._approach(offset, forward, bearing)
         target = pusher + velocity * self._style.lookahead
         return np.clip(target, -self._geometry.reach, self._geometry.reach).astype(np.float32)
 
-    def _push(self, offset: np.ndarray, forward: np.ndarray) -> np.ndarray:
-        """Velocity (2,) that moves the puck towards the goal and the pusher back onto the line behind it."""
+    def _push(self, offset: np.ndarray, travel: np.ndarray) -> np.ndarray:
+        """Velocity (2,) that moves the puck by ``travel`` to the goal and the pusher back onto the line behind it."""
+        forward = _unit(travel)
         sideways = _turn(forward, np.pi / 2)
-        return self._style.push_speed * forward - self._style.lateral_gain * (offset @ sideways) * sideways
+        speed = min(self._style.push_speed, self._style.brake_gain * float(np.linalg.norm(travel)))
+        return speed * forward - self._style.lateral_gain * (offset @ sideways) * sideways
 
     def _approach(self, offset: np.ndarray, forward: np.ndarray, bearing: float) -> np.ndarray:
         """Velocity (2,) along the shortest way around the puck to the point behind it."""

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Make the virtual environment and install robopolicy into it: scripts/setup.sh PYTHON VENV EXTRA
+set -eu
+python=$1 venv=$2 extra=$3
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: $python is older than Python 3.11. Choose another one: make PYTHON=python3.12 …" >&2
+    exit 2
+fi
+if [ ! -x "$venv/bin/python" ]; then
+    echo "== creating $venv"
+    "$python" -m venv "$venv" || {
+        echo "error: python3-venv is missing. On Debian: apt-get install python3-venv" >&2
+        exit 2
+    }
+fi
+echo "== installing robopolicy[$extra] into $venv (the first time about 3 GB of downloads, a few minutes)"
+"$venv/bin/python" -m pip install --quiet --upgrade pip
+"$venv/bin/python" -m pip install --quiet --progress-bar on -c constraints.txt -e ".[$extra]"
+# gym-pusht brings opencv-python, which needs desktop libraries; the headless build of the same cv2 replaces it
+"$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall -c constraints.txt opencv-python-headless
+touch "$venv/.ready" "$venv/.ready-$extra"

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from robopolicy.nets.fast import Mish, ShortGroupNorm
+from robopolicy.nets.unet1d import ConditionalUnet1d
+
+
+def unet(**options):
+    torch.manual_seed(0)
+    return ConditionalUnet1d(**{"action_dim": 3, "cond_dim": 10, "down_dims": (16, 32, 64), "step_embed_dim": 16, **options})
+
+
+@pytest.mark.parametrize("horizon", [4, 8, 16, 32])
+def test_output_has_the_shape_of_the_chunk(horizon):
+    net = unet()
+    out = net(torch.randn(5, horizon, 3), torch.arange(5), net.condition(torch.randn(5, 10)))
+    assert out.shape == (5, horizon, 3)
+
+
+def test_every_parameter_gets_a_gradient():
+    net = unet()
+    net(torch.randn(5, 16, 3), torch.arange(5), net.condition(torch.randn(5, 10))).square().mean().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_depends_on_chunk_step_and_condition():
+    net = unet()
+    x, t, c = torch.randn(1, 16, 3), torch.tensor([3]), torch.randn(1, 10)
+    base = net(x, t, net.condition(c))
+    for other in (net(x + 1, t, net.condition(c)), net(x, t + 50, net.condition(c)), net(x, t, net.condition(c + 1))):
+        assert not torch.allclose(base, other, atol=1e-3)
+
+
+def test_rows_do_not_mix():
+    net = unet().eval()
+    x, t, c = torch.randn(4, 16, 3), torch.arange(4), torch.randn(4, 10)
+    whole = net(x, t, net.condition(c))
+    one = net(x[2:3], t[2:3], net.condition(c[2:3]))
+    torch.testing.assert_close(whole[2:3], one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_far_action_reaches_every_output():
+    net = unet().double()
+    x = torch.randn(1, 16, 3, dtype=torch.double, requires_grad=True)
+    net(x, torch.tensor([3]), net.condition(torch.randn(1, 10, dtype=torch.double)))[0, 0].sum().backward()
+    assert (x.grad[0].abs().sum(1) > 0).all()
+
+
+def test_mish_is_torch_mish_with_its_gradient():
+    x = torch.cat([torch.linspace(-40, 40, 400), torch.zeros(1)]).double().requires_grad_()
+    torch.testing.assert_close(Mish()(x), F.mish(x))
+    (ours,) = torch.autograd.grad(Mish()(x).sum(), x)
+    (theirs,) = torch.autograd.grad(F.mish(x).sum(), x)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 8, 16])
+def test_short_group_norm_is_torch_group_norm(length):
+    torch.manual_seed(0)
+    ours, theirs = ShortGroupNorm(4, 16).double(), nn.GroupNorm(4, 16).double()
+    ours.weight.data.normal_()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 16, length, dtype=torch.double, requires_grad=True)
+    y = torch.randn(3, 16, length, dtype=torch.double)
+    torch.testing.assert_close(ours(x), theirs(x))
+    (a,) = torch.autograd.grad((ours(x) * y).sum(), x)
+    (b,) = torch.autograd.grad((theirs(x) * y).sum(), x)
+    torch.testing.assert_close(a, b)
