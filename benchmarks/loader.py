@@ -164,7 +164,9 @@ def write_lerobot(options: Options) -> None:
 def lerobot_folder(options: Options, observations: str) -> Path:
     from peers.lerobot_data import written_dataset
 
-    episodes = options.lerobot_episodes if observations == "image" else len(EpisodeStore.open(options.data).episode_ends)
+    episodes = (
+        options.lerobot_episodes if observations == "image" else len(EpisodeStore.open(options.data).episode_ends)
+    )
     return written_dataset(options.data, options.cache, episodes, video=observations == "image")
 
 
@@ -281,7 +283,9 @@ def measured_alone(observations: str, side: str, options: Options) -> Result:
         mine.send("go")
         rates = mine.recv()
     except EOFError:
-        raise UserError(f"{observations}, {NAMES[side]}: the measuring process failed; see its message above.") from None
+        raise UserError(
+            f"{observations}, {NAMES[side]}: the measuring process failed; see its message above."
+        ) from None
     finally:
         watched.stop()
         process.terminate()

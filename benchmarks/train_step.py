@@ -95,7 +95,9 @@ def main() -> None:
     for case in cases:
         results.append(measure(case, args.blocks, args.seconds))
         print(f"{case.name}: {results[-1].ratio:.2f} times LeRobot", file=sys.stderr, flush=True)
-    print(f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; the median of {args.blocks} blocks")
+    print(
+        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; the median of {args.blocks} blocks"
+    )
     print_table(
         "Training steps per second",
         ("case", "parameters", "robopolicy", "LeRobot 0.4.4", "ratio", "slowest-fastest ratio of a block"),

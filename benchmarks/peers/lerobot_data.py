@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -49,7 +48,11 @@ def written_dataset(source: Path, cache: Path, episodes: int, video: bool) -> Pa
         "action": {"dtype": "float32", "shape": (action.shape[1],), "names": None},
     }
     if video:
-        features[IMAGE] = {"dtype": "video", "shape": root["data/img"].shape[1:], "names": ["height", "width", "channel"]}
+        features[IMAGE] = {
+            "dtype": "video",
+            "shape": root["data/img"].shape[1:],
+            "names": ["height", "width", "channel"],
+        }
     dataset = LeRobotDataset.create(REPO_ID, FPS, features, root=partial, use_videos=video)
     for start, end in zip(np.concatenate([[0], ends[:-1]]), tqdm(ends, desc=f"writing {target.name}"), strict=True):
         images = root["data/img"][start:end].astype(np.uint8) if video else None

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         shutil.rmtree(dataset)  # an interrupted recording
     _step(
         "1/3 record demonstrations", recorded,
-        ["record", "--task", TASK, "--episodes", str(EPISODES), "--seed", str(DEMONSTRATION_SEED), "--out", str(dataset)],
+        f"record --task {TASK} --episodes {EPISODES} --seed {DEMONSTRATION_SEED} --out".split() + [str(dataset)],
     )  # fmt: skip
     train = ["task=" + TASK, "policy=diffusion_unet_small", "train=demo", f"data.path={dataset}", f"out={training}"]
     resume = ["--resume", str(training)] if (training / "checkpoints" / "last").exists() else train

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(settings["bundle"])
     policy, manifest = load_bundle(path, join_processes(settings["device"]).device)
     policy.sampler = replace(policy.sampler, **{k: v for k, v in settings["sampler"].items() if v is not None})
-    policy.process.solver(policy.sampler)  # an impossible sampler ends here, before any episode
+    policy.check_sampler(policy.sampler)  # before any episode
     environment = settings["environment"] or manifest["task"].get("environment")
     if not environment:
         raise UserError(f"{path} was trained for a task without an environment; name one with environment=…")
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         **{name: settings[name] for name in ("episodes", "first_seed", "batch_size", "workers", "videos")},
     )
     for metric in result.metrics:
-        print(f"{metric.label:<18} {metric.value:8.3f}  [{metric.low:.3f}, {metric.high:.3f}]  n={metric.n}  {metric.definition}")
+        interval = f"[{metric.low:.3f}, {metric.high:.3f}]"
+        print(f"{metric.label:<18} {metric.value:8.3f}  95 % {interval}  n={metric.n}  {metric.definition}")
     print(f"report: {out / 'report.html'}")
     return 0

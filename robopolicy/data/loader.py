@@ -63,7 +63,11 @@ class WindowLoader:
         if batch_size % world:
             raise UserError(f"batch_size={batch_size} cannot be divided among {world} processes.")
         wanted = (*spec.observations, spec.action)
-        check_keys({k.key: dataset_key(store, k) for k in wanted if k.array in store.keys}, wanted, f"dataset {store.path} and task")
+        check_keys(
+            {k.key: dataset_key(store, k) for k in wanted if k.array in store.keys},
+            wanted,
+            f"dataset {store.path} and task",
+        )
         self.spec = spec
         self._store = store
         self.batch_size = batch_size
@@ -195,11 +199,10 @@ def _stack_vectors(store: EpisodeStore, spec: PolicySpec) -> tuple[Tensor, dict[
     """Put all vector keys side by side in one (N, D) float32 array, so that a batch is one gather."""
     parts, columns, first = [], {}, 0
     for key in (*spec.states, spec.action):
-        values = np.asarray(store.read(key.array), dtype=np.float32).reshape(store.n_steps, -1)
+        values: np.ndarray = np.asarray(store.read(key.array), dtype=np.float32).reshape(store.n_steps, -1)
         if key.columns is not None:
             values = values[:, list(key.columns)]
         parts.append(values)
         columns[key.key] = slice(first, first + values.shape[1])
         first += values.shape[1]
     return torch.from_numpy(np.concatenate(parts, axis=1)), columns
-

@@ -65,7 +65,9 @@ def fit_normalizer(values: np.ndarray, mode: Mode, angles: tuple[int, ...] = ())
     values = np.asarray(values, dtype=np.float64)
     if not np.isfinite(values).all():
         step, dim = np.argwhere(~np.isfinite(values))[0]
-        raise UserError(f"Cannot normalise: step {step}, dimension {dim} is {values[step, dim]}. See `robopolicy data doctor`.")
+        raise UserError(
+            f"Cannot normalise: step {step}, dimension {dim} is {values[step, dim]}. See `robopolicy data doctor`."
+        )
     low, high = values.min(axis=0), values.max(axis=0)
     normalizer = AffineNormalizer(values.shape[1])
     normalizer.low.copy_(torch.from_numpy(low))

@@ -47,7 +47,8 @@ class ResNetKeypointEncoder(nn.Module):
     def __init__(self, height: int, width: int, keypoints: int = 32, feature_dim: int = 64) -> None:
         super().__init__()
         resnet = resnet18(norm_layer=lambda channels: nn.GroupNorm(channels // 16, channels))
-        self.trunk = nn.Sequential(*list(resnet.children())[:-2]).to(memory_format=torch.channels_last)
+        self.trunk = nn.Sequential(*list(resnet.children())[:-2])
+        self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
             _, channels, rows, cols = self.trunk(torch.zeros(1, 3, height, width)).shape
         self.pool = SpatialSoftmax(channels, keypoints, rows, cols)

@@ -43,9 +43,7 @@ class ObservationEncoder(nn.Module):
         encoders = {}
         for key in spec.images[:1] if images.shared else spec.images:
             height, width = (round(side * augmentation.crop) for side in key.shape[:2])
-            encoders[_module_name(key.key)] = ResNetKeypointEncoder(
-                height, width, images.keypoints, images.feature_dim
-            )
+            encoders[_module_name(key.key)] = ResNetKeypointEncoder(height, width, images.keypoints, images.feature_dim)
         self.image_encoders = nn.ModuleDict(encoders)
         per_step = sum(k.feature_dim for k in spec.states) + images.feature_dim * len(spec.images)
         self.feature_dim = spec.n_obs_steps * per_step

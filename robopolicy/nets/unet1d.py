@@ -53,6 +53,17 @@ class FilmResidualBlock(nn.Module):
         return self.second(torch.addcmul(bias, self.first(x), scale)) + self.skip(x)
 
 
+class BlockPair(nn.Module):
+    """The two residual blocks of one level."""
+
+    def __init__(self, first: FilmResidualBlock, second: FilmResidualBlock) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor, first_film: Tensor, second_film: Tensor) -> Tensor:
+        return self.second(self.first(x, first_film), second_film)
+
+
 class ConditionalUnet1d(nn.Module):
     """Predicts noise (or another target) for action chunks.
 
@@ -92,13 +103,11 @@ class ConditionalUnet1d(nn.Module):
         )
         dims = (action_dim, *down_dims)
         levels = list(zip(dims[:-1], dims[1:], strict=True))
-        self.down = nn.ModuleList(nn.ModuleList([block(a, b), block(b, b)]) for a, b in levels)
+        self.down = nn.ModuleList(BlockPair(block(a, b), block(b, b)) for a, b in levels)
         self.downsample = nn.ModuleList(nn.Conv1d(b, b, 3, stride=2, padding=1) for _, b in levels[:-1])
-        self.middle = nn.ModuleList([block(dims[-1], dims[-1]), block(dims[-1], dims[-1])])
-        self.up = nn.ModuleList(nn.ModuleList([block(2 * b, a), block(a, a)]) for a, b in reversed(levels[1:]))
-        self.upsample = nn.ModuleList(
-            nn.ConvTranspose1d(a, a, 4, stride=2, padding=1) for a, _ in reversed(levels[1:])
-        )
+        self.middle = BlockPair(block(dims[-1], dims[-1]), block(dims[-1], dims[-1]))
+        self.up = nn.ModuleList(BlockPair(block(2 * b, a), block(a, a)) for a, b in reversed(levels[1:]))
+        self.upsample = nn.ModuleList(nn.ConvTranspose1d(a, a, 4, stride=2, padding=1) for a, _ in reversed(levels[1:]))
         self.head = nn.Sequential(
             ConvBlock(down_dims[0], down_dims[0], kernel_size, n_groups), nn.Conv1d(down_dims[0], action_dim, 1)
         )
@@ -124,14 +133,13 @@ class ConditionalUnet1d(nn.Module):
         films = iter((cond + self.film_step(self.step_encoder(t))).split(self._film_dims, dim=1))
         h = x.transpose(1, 2)
         skips = []
-        for level, (first, second) in enumerate(self.down):
-            h = second(first(h, next(films)), next(films))
+        for level, pair in enumerate(self.down):
+            h = pair(h, next(films), next(films))
             skips.append(h)
             if level < len(self.downsample):
                 h = self.downsample[level](h)
-        for block in self.middle:
-            h = block(h, next(films))
-        for (first, second), upsample in zip(self.up, self.upsample, strict=True):
+        h = self.middle(h, next(films), next(films))
+        for pair, upsample in zip(self.up, self.upsample, strict=True):
             h = torch.cat([h, skips.pop()], dim=1)
-            h = upsample(second(first(h, next(films)), next(films)))
+            h = upsample(pair(h, next(films), next(films)))
         return self.head(h).transpose(1, 2)

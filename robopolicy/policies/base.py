@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robopolicy.data.augment import AugmentConfig
 from robopolicy.data.normalize import Normalizer
+from robopolicy.diffusion.ddpm import SamplerConfig
 from robopolicy.diffusion.sampling import Generators
 from robopolicy.errors import UserError
 from robopolicy.spec import PolicySpec
@@ -24,7 +26,14 @@ class Policy(nn.Module, ABC):
     Attributes:
         spec: keys, shapes, units and horizons.
         normalizer: the affine maps between physical units and what networks see.
+        config: the architecture's dataclass, saved in bundles.
+        augmentation: changes to images while training; the crop's size applies at inference too.
+        sampler: how chunks are sampled; may be replaced after training.
     """
+
+    config: Any
+    augmentation: AugmentConfig
+    sampler: SamplerConfig
 
     def __init__(self, spec: PolicySpec, normalizer: Normalizer) -> None:
         super().__init__()
@@ -38,6 +47,10 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def loss(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Mean training loss of a batch of windows in physical units; a pure function of its arguments."""
+
+    @abstractmethod
+    def check_sampler(self, sampler: SamplerConfig) -> None:
+        """Raise a `UserError` if this policy cannot be sampled so."""
 
     @abstractmethod
     def sample(self, observations: Mapping[str, Tensor], generators: Generators) -> Tensor:
@@ -58,9 +71,7 @@ class Policy(nn.Module, ABC):
     def normalized(self, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Normalise the states; images pass unchanged."""
         return {
-            k.key: observations[k.key]
-            if k.role == "image"
-            else self.normalizer[k.key].normalize(observations[k.key])
+            k.key: observations[k.key] if k.role == "image" else self.normalizer[k.key].normalize(observations[k.key])
             for k in self.spec.observations
         }
 

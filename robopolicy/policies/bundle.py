@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from robopolicy.data.normalize import AffineNormalizer, Normalizer
-from robopolicy.errors import UserError, did_you_mean
+from robopolicy.errors import UserError
 from robopolicy.policies.base import Policy
 from robopolicy.policies.registry import build_policy, policy_name
 from robopolicy.spec import PolicySpec
@@ -46,7 +46,7 @@ def save_bundle(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     state = policy.state_dict()
-    split = {"model": {}, "normalizer": {}}
+    split: dict[str, dict[str, torch.Tensor]] = {"model": {}, "normalizer": {}}
     for name, value in state.items():
         group, _, rest = name.partition(".")
         tensor = value.detach().cpu().contiguous()
@@ -85,7 +85,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / "bundle.yaml"
     if not file.is_file():
         found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "nothing"
-        raise UserError(f"{path} is not a bundle: there is no bundle.yaml, found {found}. A run's bundles lie in RUN/bundles/.")
+        raise UserError(
+            f"{path} is not a bundle: there is no bundle.yaml, found {found}. A run's bundles lie in RUN/bundles/."
+        )
     try:
         manifest = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:

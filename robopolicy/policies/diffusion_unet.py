@@ -24,7 +24,7 @@ class DiffusionUnetConfig:
     """Architecture and sampling of `DiffusionUnet`.
 
     Attributes:
-        down_dims: channels of the U-Net's levels; (512, 1024, 2048) for images in the paper, (256, 512, 1024) for states.
+        down_dims: channels of the U-Net's levels; the paper has (512, 1024, 2048) for images, (256, 512, 1024) for states.
         kernel_size: kernel of its convolutions.
         n_groups: groups of its normalisation.
         step_embed_dim: length of the noise-level embedding.
@@ -68,6 +68,7 @@ class DiffusionUnet(Policy):
         self.config = config
         self.process = DdpmProcess(config.process)
         self.sampler = config.sampler
+        self.augmentation = config.augmentation
         self.encoder = ObservationEncoder(spec, config.images, config.augmentation)
         self.denoiser = ConditionalUnet1d(
             spec.action.dim,
@@ -94,6 +95,9 @@ class DiffusionUnet(Policy):
         noised = self.process.add_noise(clean, draws["noise"], draws["t"])
         prediction = self.denoiser(noised, draws["t"], self.denoiser.condition(cond))
         return torch.nn.functional.mse_loss(prediction.float(), self.process.target(clean, draws["noise"], draws["t"]))
+
+    def check_sampler(self, sampler: SamplerConfig) -> None:
+        self.process.solver(sampler)
 
     def sample(self, observations: Mapping[str, Tensor], generators: Generators) -> Tensor:
         action = self.normalizer[self.spec.action.key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from robopolicy.configuration import dataclass_from
@@ -11,7 +12,7 @@ from robopolicy.policies.base import Policy
 from robopolicy.policies.diffusion_unet import DiffusionUnet, DiffusionUnetConfig
 from robopolicy.spec import PolicySpec
 
-POLICIES: dict[str, tuple[type, type[Policy]]] = {
+POLICIES: dict[str, tuple[type, Callable[..., Policy]]] = {
     "diffusion_unet": (DiffusionUnetConfig, DiffusionUnet),
 }
 
@@ -32,7 +33,7 @@ def build_policy(name: str, config: Any, spec: PolicySpec, normalizer: Normalize
     if name not in POLICIES:
         raise UserError(f"{where}: unknown architecture '{name}'.{did_you_mean(str(name), POLICIES)}")
     config_class, policy_class = POLICIES[name]
-    return policy_class(dataclass_from(config_class, config, where), spec, normalizer)  # type: ignore[call-arg]
+    return policy_class(dataclass_from(config_class, config, where), spec, normalizer)
 
 
 def policy_name(policy: Policy) -> str:

@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -113,4 +112,3 @@ def _restore_moments(optimizer: Optimizer, moments: dict[str, Tensor]) -> None:
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path)
-

@@ -1,4 +1,4 @@
-"""What a training run is made of. The Hydra tree under ``configs/`` fills these dataclasses; unknown keys are errors."""
+"""What a training run is made of. The Hydra tree ``configs/`` fills these dataclasses; unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -108,4 +108,6 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1.")
         if self.batch_size % self.accumulate:
-            raise UserError(f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}.")
+            raise UserError(
+                f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}."
+            )

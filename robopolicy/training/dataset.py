@@ -85,7 +85,9 @@ def task_spec(task: TaskConfig, store: EpisodeStore) -> PolicySpec:
 def _complete(key: TaskKey, store: EpisodeStore, vector_role: Role) -> KeySpec:
     source = key.source or key.key
     if source not in store.keys:
-        raise UserError(f"{store.path} has no array '{source}' for the task's key '{key.key}'.{did_you_mean(source, store.keys)}")
+        raise UserError(
+            f"{store.path} has no array '{source}' for the task's key '{key.key}'.{did_you_mean(source, store.keys)}"
+        )
     array = store.schema.arrays[source]
     role: Role = key.role or ("image" if array.role == "image" else vector_role)
     probe = KeySpec(key.key, (1,), vector_role, source=source, columns=key.columns)

@@ -33,8 +33,7 @@ def draw_first_batch(policy: Policy, batch: Mapping[str, Tensor], draws: Draws, 
     rows = len(spec.images) + 1 + bool(spec.states)
     figure, axes = plt.subplots(rows, count, figsize=(2.2 * count, 2.3 * rows), squeeze=False, layout="constrained")
     for row, key in enumerate(spec.images):
-        config = policy.encoder.augmentation  # type: ignore[union-attr]
-        seen = augment(batch[key.key][:count], config, draws["augmentation"][:count])[:, -1].numpy()
+        seen = augment(batch[key.key][:count], policy.augmentation, draws["augmentation"][:count])[:, -1].numpy()
         for column in range(count):
             axes[row, column].imshow(seen[column], interpolation="nearest")
             axes[row, column].set_axis_off()

@@ -214,7 +214,8 @@ def _steps(run: Run, best: BestBundles, evaluate: Evaluate | None) -> Any:
 
 def _judge(run: Run, best: BestBundles, evaluate: Evaluate | None) -> dict[str, float]:
     """Validation and evaluation when they are due at this step."""
-    train, values = run.config.train, {}
+    train = run.config.train
+    values: dict[str, float] = {}
     last = run.step == train.steps
     if run.data.validation is not None and (run.step % train.validate_every == 0 or last):
         values |= validate(run.averaged_policy(), run.data.validation, train)

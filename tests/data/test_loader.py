@@ -166,7 +166,9 @@ def test_wrong_keys_are_named(store):
         KeySpec("action", (2,), role="action"),
         10, 2, 8, 4,
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"observation.state: found shape \(3,\), wanted \(7,\)(.|\n)*observation.force"):
+    with pytest.raises(
+        UserError, match=r"observation.state: found shape \(3,\), wanted \(7,\)(.|\n)*observation.force"
+    ):
         WindowLoader(store, wrong, batch_size=4)
 
 

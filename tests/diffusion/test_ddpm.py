@@ -80,9 +80,7 @@ def test_ddim_equals_diffusers_ddim():
     ours = sample_chunks(
         p, SamplerConfig("ddim", 20), denoise, (8, 4, 2), NO_BOUNDS, torch.Generator().manual_seed(1), CPU
     )
-    theirs = DDIMScheduler(
-        100, beta_schedule="squaredcos_cap_v2", clip_sample=False, timestep_spacing="trailing"
-    )
+    theirs = DDIMScheduler(100, beta_schedule="squaredcos_cap_v2", clip_sample=False, timestep_spacing="trailing")
     theirs.set_timesteps(20)
     x = torch.randn(8, 4, 2, generator=torch.Generator().manual_seed(1))
     for t in theirs.timesteps:

@@ -9,7 +9,9 @@ from robopolicy.nets.unet1d import ConditionalUnet1d
 
 def unet(**options):
     torch.manual_seed(0)
-    return ConditionalUnet1d(**{"action_dim": 3, "cond_dim": 10, "down_dims": (16, 32, 64), "step_embed_dim": 16, **options})
+    return ConditionalUnet1d(
+        **{"action_dim": 3, "cond_dim": 10, "down_dims": (16, 32, 64), "step_embed_dim": 16, **options}
+    )
 
 
 @pytest.mark.parametrize("horizon", [4, 8, 16, 32])

@@ -22,7 +22,9 @@ def test_a_loaded_policy_gives_the_same_chunks(bundle):
     policy, path = bundle
     loaded, manifest = load_bundle(path)
     observations = {"observation.state": np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)}
-    chunks = [p.eval().act(observations, [torch.Generator().manual_seed(i) for i in range(4)]) for p in (policy, loaded)]
+    chunks = [
+        p.eval().act(observations, [torch.Generator().manual_seed(i) for i in range(4)]) for p in (policy, loaded)
+    ]
     np.testing.assert_array_equal(*chunks)
     assert loaded.spec == policy.spec and loaded.config == policy.config
     assert manifest["task"]["environment"] == "pusht" and manifest["provenance"]["seed"] == 7

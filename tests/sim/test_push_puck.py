@@ -7,8 +7,9 @@ from dataclasses import replace
 import gymnasium
 import numpy as np
 import pytest
-import robopolicy_sim  # noqa: F401  (registers the environments)
 from gymnasium.utils.env_checker import check_env
+
+import robopolicy_sim  # noqa: F401  (registers the environments)
 from robopolicy_sim.envs.push_puck import PushPuckConfig, PushPuckEnv
 from robopolicy_sim.experts.push_puck import PushPuckExpert, PushPuckGeometry
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+
 from robopolicy_sim.envs.push_puck import PushPuckEnv
 from robopolicy_sim.gl import select_gl_backend
 from robopolicy_sim.rendering import RenderQuality, find_quality

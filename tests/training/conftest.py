@@ -8,7 +8,10 @@ from robopolicy.cli.compose import compose_config
 from robopolicy.data.schema import ArraySpec
 from robopolicy.data.store import EpisodeStore
 
-ARRAYS = [ArraySpec("observation.state", (2,), "float32", "state", unit="m"), ArraySpec("action", (2,), "float32", "action")]
+ARRAYS = [
+    ArraySpec("observation.state", (2,), "float32", "state", unit="m"),
+    ArraySpec("action", (2,), "float32", "action"),
+]
 OVERRIDES = [
     "task=push_puck",
     "task.environment=",

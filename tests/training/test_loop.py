@@ -28,13 +28,17 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert left.keys() == right.keys()
     assert [k for k in left if not torch.equal(left[k], right[k])] == []
     for row_a, row_b in zip(rows(a), rows(b), strict=True):
-        assert {k: v for k, v in row_a.items() if "speed" not in k} == {k: v for k, v in row_b.items() if "speed" not in k}
+        assert {k: v for k, v in row_a.items() if "speed" not in k} == {
+            k: v for k, v in row_b.items() if "speed" not in k
+        }
 
 
 def test_a_run_writes_what_it_promises(plain, tmp_path):
     start(plain(), resume=False)
     run = tmp_path / "run"
-    assert {"config.json", "metrics.jsonl", "first_batch.png", "checkpoints", "bundles"} <= {p.name for p in run.iterdir()}
+    assert {"config.json", "metrics.jsonl", "first_batch.png", "checkpoints", "bundles"} <= {
+        p.name for p in run.iterdir()
+    }
     logged = rows(run)
     assert [r["step"] for r in logged] == [4, 8, 12, 16]
     assert {"train/loss", "train/lr", "train/grad_norm", "speed/samples_per_s"} <= logged[0].keys()
@@ -44,8 +48,8 @@ def test_a_run_writes_what_it_promises(plain, tmp_path):
 
 
 def test_it_learns(plain, tmp_path):
-    start(plain(**{"train.steps": 250, "train.optim.lr": 3e-3, "train.validate_every": 125, "train.batch_size": 64,
-                   "train.ema.max_decay": 0.95, "policy.config.process.prediction": "sample"}), resume=False)  # fmt: skip
+    start(plain(**{"train.steps": 250, "train.optim.lr": 3e-3, "train.validate_every": 125,
+                   "train.batch_size": 64, "train.ema.max_decay": 0.95, "policy.config.process.prediction": "sample"}), resume=False)  # fmt: skip
     errors = [r["val/action_error"] for r in rows(tmp_path / "run") if "val/action_error" in r]
     assert errors[-1] < 0.1  # metres, on a circle of radius 1
 
@@ -108,8 +112,8 @@ def test_bf16_runs_close_to_fp32(plain, tmp_path):
 
 
 def test_the_best_bundles_are_kept_by_score(plain):
-    from robopolicy.training.loop import RunConfig, train
     from robopolicy.configuration import dataclass_from
+    from robopolicy.training.loop import RunConfig, train
 
     values = plain(**{"train.evaluate_every": 4, "train.keep_best": 2})
     config = dataclass_from(RunConfig, {k: values[k] for k in ("out", "task", "data", "policy", "train")}, "config")
