@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from robopolicy import __version__
 from robopolicy.errors import UserError
+
+# On a machine that does other work too, threads that spin while they wait cost ten times their gain.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TUTORIAL = """\
 From demonstrations to a deployed policy.

@@ -14,7 +14,7 @@ HELP = """\
 Record demonstrations of a simulated task with its scripted expert.
 
   robopolicy record --task push_puck --episodes 200 --out data/push_puck.zarr
-  robopolicy record --task push_puck --episodes 200 --out data/push_puck.zarr --noise 0.03
+  robopolicy record --task push_puck --episodes 200 --out data/push_puck.zarr --noise 0.035
   robopolicy record --task push_puck --episodes 100 --out data/push_puck_images.zarr --cameras scene,top
   robopolicy record --task push_puck --episodes 100 --out data/push_puck.zarr --append --seed 200
   robopolicy record --task my_package/MyTask-v0 --episodes 50 --out data/mine.zarr   any environment with make_expert
@@ -40,7 +40,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--out", required=True, metavar="PATH", help="the dataset, a Zarr folder")
     parser.add_argument("--episodes", type=int, default=200, metavar="N", help="episodes to play (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first episode (default 0)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each usable core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     parser.add_argument("--cameras", default="", metavar="A,B", help="cameras to record, e.g. scene,top (default none)")
     parser.add_argument("--image-size", type=int, default=96, metavar="PX", help="side of the images (default 96)")
     parser.add_argument(
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         episodes=args.episodes,
         seed=args.seed,
-        workers=len(os.sched_getaffinity(0)) if args.workers is None else args.workers,
+        workers=(os.cpu_count() or 1) if args.workers is None else args.workers,
         cameras=tuple(name for name in args.cameras.split(",") if name),
         image_size=args.image_size,
         noise=args.noise,

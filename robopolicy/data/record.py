@@ -278,16 +278,16 @@ def _play_all(recipe: EnvironmentRecipe, seeds: range, noise: float, workers: in
     # spawn: a forked child would inherit an OpenGL context that only works in its parent.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
-        yield from _in_order(partial(pool.submit, _play_in_worker, recipe, noise), seeds, ahead=2 * workers)
+        yield from _in_order(pool, partial(_play_in_worker, recipe, noise), seeds, ahead=2 * workers)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(submit: Callable[[int], Future[Episode]], seeds: range, ahead: int) -> Iterator[Episode]:
+def _in_order(pool: ProcessPoolExecutor, play: Callable[[int], Episode], seeds: range, ahead: int) -> Iterator[Episode]:
     """Yield results in the order of the seeds, with a bounded number of episodes waiting in memory."""
     waiting: deque[Future[Episode]] = deque()
     for seed in seeds:
-        waiting.append(submit(seed))
+        waiting.append(pool.submit(play, seed))
         if len(waiting) == ahead:
             yield waiting.popleft().result()
     while waiting:

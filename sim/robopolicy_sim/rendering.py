@@ -103,4 +103,9 @@ _open_renderers: weakref.WeakSet[CameraRenderer] = weakref.WeakSet()
 @cache
 def _close_at_exit() -> None:
     """Close what is left open at exit; registered after OpenGL's own hook, and so run before it."""
-    atexit.register(lambda: [renderer.close() for renderer in list(_open_renderers)])
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for renderer in list(_open_renderers):
+        renderer.close()

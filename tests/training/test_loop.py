@@ -48,8 +48,15 @@ def test_a_run_writes_what_it_promises(plain, tmp_path):
 
 
 def test_it_learns(plain, tmp_path):
-    start(plain(**{"train.steps": 250, "train.optim.lr": 3e-3, "train.validate_every": 125,
-                   "train.batch_size": 64, "train.ema.max_decay": 0.95, "policy.config.process.prediction": "sample"}), resume=False)  # fmt: skip
+    changes = {
+        "train.steps": 250,
+        "train.optim.lr": 3e-3,
+        "train.validate_every": 125,
+        "train.batch_size": 64,
+        "train.ema.max_decay": 0.95,
+        "policy.config.process.prediction": "sample",
+    }
+    start(plain(**changes), resume=False)
     errors = [r["val/action_error"] for r in rows(tmp_path / "run") if "val/action_error" in r]
     assert errors[-1] < 0.1  # metres, on a circle of radius 1
 

@@ -69,8 +69,8 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
         self._quality = find_quality(render_quality)
         self._renderer: CameraRenderer | None = None
         self._substeps = round(1 / (CONTROL_HZ * self.model.opt.timestep))
-        self.action_space = self._build_action_space()
-        self.observation_space = self._build_observation_space()
+        self.action_space: spaces.Box = self._build_action_space()
+        self.observation_space: spaces.Dict = self._build_observation_space()  # type: ignore[assignment]
 
     @abstractmethod
     def make_expert(self, seed: int) -> Expert:

@@ -61,7 +61,7 @@ class PushPuckEnv(MujocoTaskEnv):
             reach=float(self.model.actuator("carriage_x").ctrlrange[1]),
         )
         self._rest_height = float(puck.size[1])
-        self._setpoint = np.zeros(2)
+        self._setpoint: np.ndarray = np.zeros(2)
         self._start_distance = 1.0
         self._steps_inside = 0
 
