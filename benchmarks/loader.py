@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from fresh_process import run_fresh, wait_passively
 from peers.item_dataset import ItemDataset
 from results import machine, print_table, save_json
 from torch.utils.data import DataLoader
@@ -88,8 +89,9 @@ def main() -> None:
     if not (options.data / "meta").is_dir():
         raise UserError(f"--data: no Zarr dataset at {options.data}; point --data or ROBOPOLICY_DATA at Push-T's Zarr.")
     about = machine()
+    wait_passively()
     with_lerobot = prepare_lerobot(options)
-    run_alone(verify, options, with_lerobot)
+    run_fresh(verify, options, with_lerobot)
     results = []
     for observations, sides in SIDES.items():
         for side in sides:
@@ -141,6 +143,7 @@ def parse_arguments() -> argparse.Namespace:
 def prepare_lerobot(options: Options) -> bool:
     """Write LeRobot's datasets where they are missing; False without the lerobot package."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("SVT_LOG", "1")  # the video encoder: errors only
     try:
         require_extra("lerobot", "lerobot")
     except UserError as error:
@@ -152,7 +155,7 @@ def prepare_lerobot(options: Options) -> bool:
         link_ffmpeg(options.cache / "ffmpeg")
         path = [os.environ.get("LD_LIBRARY_PATH", ""), str(options.cache / "ffmpeg")]
         os.environ["LD_LIBRARY_PATH"] = ":".join(filter(None, path))
-    run_alone(write_lerobot, options)
+    run_fresh(write_lerobot, options)
     return True
 
 
@@ -243,10 +246,10 @@ def verify(options: Options, with_lerobot: bool) -> None:
 def compare_lerobot(options: Options, observations: str, loader: WindowLoader) -> str:
     """Compare the windows of the first episodes with LeRobot's, whose images went through a lossy video codec."""
     from peers.lerobot_data import IMAGE as LEROBOT_IMAGE
-    from peers.lerobot_data import window_batches, window_dataset
+    from peers.lerobot_data import window_dataset, window_sampler
 
     dataset = window_dataset(lerobot_folder(options, observations), video=observations == "image")
-    order = window_batches(dataset, 1, WORKERS).sampler.indices
+    order = window_sampler(dataset).indices
     chosen = np.arange(0, len(order), max(1, len(order) // 20))
     ours = loader.batch(chosen)
     theirs = [dataset[order[i]] for i in chosen.tolist()]
@@ -346,19 +349,6 @@ class MemoryWatch:
                 self.peak = max(self.peak, self.now())
             except psutil.NoSuchProcess:
                 return
-
-
-def run_alone(function: Any, *args: Any) -> None:
-    """Run a function in a fresh process, so that its memory and threads leave no trace in this one.
-
-    Raises:
-        UserError: the process failed; its traceback has been printed.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise UserError(f"{function.__name__} failed; see its message above.")
 
 
 def print_results(observations: str, results: list[Result], options: Options) -> None:

@@ -3,7 +3,7 @@
 Both sides train the same network (equal numbers of parameters are checked) on the same batch, which lies in memory.
 A step is all of an update: normalisation, forward, backward, clipping, optimiser, and for robopolicy also the moving
 average of the weights, which LeRobot 0.4.4 does not have. Blocks of steps alternate between the sides, so that a busy
-machine slows both; the rate is the median over the blocks.
+machine slows both; the rate is the median over the blocks. Each case runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
+from fresh_process import run_fresh, wait_passively
 from results import machine, print_table, save_json
 from torch import Tensor, nn
 
@@ -88,19 +89,20 @@ def main() -> None:
     args = parse_arguments()
     require_extra("lerobot", "lerobot")
     about = machine()
+    wait_passively()
     cases = [c for c in CASES if args.only in c.name]
     if not cases:
         raise UserError(f"--only '{args.only}' matches no case; cases: {', '.join(c.name for c in CASES)}.")
     results = []
     for case in cases:
-        results.append(measure(case, args.blocks, args.seconds))
+        results.append(run_fresh(measure, case, args.blocks, args.seconds, args.threads))
         print(f"{case.name}: {results[-1].ratio:.2f} times LeRobot", file=sys.stderr, flush=True)
     print(
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; the median of {args.blocks} blocks"
     )
     print_table(
         "Training steps per second",
-        ("case", "parameters", "robopolicy", "LeRobot 0.4.4", "ratio", "slowest-fastest ratio of a block"),
+        ("case", "parameters", "robopolicy", "LeRobot 0.4.4", "ratio", "min-max of blocks"),
         [row(r) for r in results],
     )
     save_json(args.json, [asdict(r) | {"ratio": r.ratio} for r in results], about)
@@ -114,17 +116,20 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--blocks", type=int, default=7, help="blocks of each side and case (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.5, help="least length of a block (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice, all cores)")
     parser.add_argument("--only", default="", help="run only the cases whose name contains this text")
     parser.add_argument("--json", metavar="FILE", help="also write all block rates to this file")
     return parser.parse_args()
 
 
-def measure(case: Case, blocks: int, seconds: float) -> Result:
+def measure(case: Case, blocks: int, seconds: float, threads: int | None) -> Result:
     """Time both sides in alternating blocks.
 
     Raises:
         UserError: the two networks differ in size, so that the comparison would be worth nothing.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     ours, our_parameters = our_side(case)
     lerobot, lerobot_parameters = lerobot_side(case)
     if our_parameters != lerobot_parameters:

@@ -20,14 +20,15 @@ def dataclass_from(kind: type[T], values: Any, where: str) -> T:
     Args:
         kind: a dataclass.
         values: mapping of plain values.
-        where: names the source in errors, e.g. ``train``.
+        where: names the source in errors, e.g. ``train``; empty at the root of a configuration.
 
     Raises:
         UserError: an unknown or missing entry, or a value of the wrong type.
     """
     values = checked_fields(kind, values, where)
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    prefix = f"{where}." if where else ""
+    return kind(**{name: _convert(hints[name], value, prefix + name) for name, value in values.items()})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -40,13 +40,14 @@ class ItemDataset(Dataset[dict[str, Tensor]]):
         n_obs: int = 2,
         n_action: int = 8,
     ) -> None:
-        root = zarr.open_group(str(path), mode="r")
-        state, self._action = root["data/state"][:], root["data/action"][:]
+        state, self._action = read_array(path, "data/state"), read_array(path, "data/action")
         self._states = {key: np.ascontiguousarray(state[:, chosen]) for key, chosen in columns.items()}
         self._horizon, self._n_obs, self._image_key = horizon, n_obs, image_key
+        self._images: np.ndarray | zarr.Array | None = None
         if image_key is not None:
-            self._images = read_uint8(root["data/img"]) if cached else root["data/img"]
-        self._table = window_table(root["meta/episode_ends"][:], horizon, n_obs - 1, n_action - 1)
+            images = zarr.open_array(str(path), path="data/img", mode="r")
+            self._images = read_uint8(images) if cached else images
+        self._table = window_table(read_array(path, "meta/episode_ends"), horizon, n_obs - 1, n_action - 1)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -55,13 +56,13 @@ class ItemDataset(Dataset[dict[str, Tensor]]):
         first, last, place = self._table[index]
         item = {key: self._padded(x, first, last, place, self._n_obs) for key, x in self._states.items()}
         item["action"] = self._padded(self._action, first, last, place, self._horizon)
-        if self._image_key is not None:
+        if self._image_key is not None and self._images is not None:
             item[self._image_key] = self._padded(self._images, first, last, place, self._n_obs)
         return {key: torch.from_numpy(x) for key, x in item.items()}
 
-    def _padded(self, array: np.ndarray, first: int, last: int, place: int, length: int) -> np.ndarray:
+    def _padded(self, array: np.ndarray | zarr.Array, first: int, last: int, place: int, length: int) -> np.ndarray:
         """Steps ``first..last`` of an array at ``place`` of a window of ``length`` steps, edges repeated."""
-        values = array[first : min(last, first + max(length - place, 1))]
+        values = np.asarray(array[first : min(last, first + max(length - place, 1))])
         if values.dtype == np.float32 and values.ndim == 4:
             values = np.rint(values).astype(np.uint8)
         before, after = min(place, length - 1), max(0, length - place - len(values))
@@ -76,7 +77,8 @@ class ItemDataset(Dataset[dict[str, Tensor]]):
 
 def window_table(ends: np.ndarray, horizon: int, pad_before: int, pad_after: int) -> list[tuple[int, int, int]]:
     """(first step, last step exclusive, place of the first step in the window) of every window."""
-    table, start = [], 0
+    table: list[tuple[int, int, int]] = []
+    start = 0
     for end in ends.tolist():
         for offset in range(-pad_before, end - start - horizon + pad_after + 1):
             first, last = max(offset, 0), min(offset + horizon, end - start)
@@ -85,10 +87,14 @@ def window_table(ends: np.ndarray, horizon: int, pad_before: int, pad_after: int
     return table
 
 
+def read_array(path: Path, name: str) -> np.ndarray:
+    return np.asarray(zarr.open_array(str(path), path=name, mode="r")[:])
+
+
 def read_uint8(array: zarr.Array) -> np.ndarray:
     """All frames as uint8, read in runs of whole chunks."""
     images = np.empty(array.shape, np.uint8)
     run = array.chunks[0] * 4
     for start in range(0, len(images), run):
-        images[start : start + run] = np.rint(array[start : start + run])
+        images[start : start + run] = np.rint(np.asarray(array[start : start + run]))
     return images

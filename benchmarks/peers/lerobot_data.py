@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import av
 import datasets
@@ -15,6 +16,8 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.sampler import EpisodeAwareSampler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from peers.item_dataset import read_array
 
 datasets.disable_progress_bars()
 
@@ -38,28 +41,30 @@ def written_dataset(source: Path, cache: Path, episodes: int, video: bool) -> Pa
     target = cache / f"pusht-lerobot{lerobot.__version__}-{episodes}-{'video' if video else 'state'}"
     if target.exists():
         return target
-    partial = target.with_suffix(".partial")
+    partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     cache.mkdir(parents=True, exist_ok=True)
-    root = zarr.open_group(str(source), mode="r")
-    state, action, ends = root["data/state"][:], root["data/action"][:], root["meta/episode_ends"][:episodes]
-    features = {
+    state, action = read_array(source, "data/state"), read_array(source, "data/action")
+    ends = read_array(source, "meta/episode_ends")[:episodes]
+    images = zarr.open_array(str(source), path="data/img", mode="r")
+    features: dict[str, dict[str, Any]] = {
         "observation.state": {"dtype": "float32", "shape": (state.shape[1],), "names": None},
         "action": {"dtype": "float32", "shape": (action.shape[1],), "names": None},
     }
     if video:
         features[IMAGE] = {
             "dtype": "video",
-            "shape": root["data/img"].shape[1:],
+            "shape": images.shape[1:],
             "names": ["height", "width", "channel"],
         }
     dataset = LeRobotDataset.create(REPO_ID, FPS, features, root=partial, use_videos=video)
-    for start, end in zip(np.concatenate([[0], ends[:-1]]), tqdm(ends, desc=f"writing {target.name}"), strict=True):
-        images = root["data/img"][start:end].astype(np.uint8) if video else None
+    starts = np.concatenate([[0], ends[:-1]]).tolist()
+    for start, end in zip(starts, tqdm(ends.tolist(), desc=f"writing {target.name}"), strict=True):
+        frames = np.asarray(images[start:end]).astype(np.uint8) if video else None
         for step in range(start, end):
             frame = {"observation.state": state[step], "action": action[step], "task": "push the T onto the target"}
-            if images is not None:
-                frame[IMAGE] = images[step - start]
+            if frames is not None:
+                frame[IMAGE] = frames[step - start]
             dataset.add_frame(frame)
         dataset.save_episode()
     dataset.finalize()
@@ -98,18 +103,20 @@ def link_ffmpeg(folder: Path) -> None:
             link.symlink_to(library)
 
 
-def window_batches(dataset: LeRobotDataset, batch_size: int, workers: int) -> DataLoader:
-    """The DataLoader of LeRobot's training script: its sampler leaves out the last 7 frames of every episode."""
-    sampler = EpisodeAwareSampler(
-        dataset.meta.episodes["dataset_from_index"],
-        dataset.meta.episodes["dataset_to_index"],
-        drop_n_last_frames=7,
-        shuffle=True,
+def window_sampler(dataset: LeRobotDataset) -> EpisodeAwareSampler:
+    """The sampler of LeRobot's training script for diffusion: it leaves out the last 7 frames of every episode."""
+    episodes = dataset.meta.episodes
+    return EpisodeAwareSampler(
+        episodes["dataset_from_index"], episodes["dataset_to_index"], drop_n_last_frames=7, shuffle=True
     )
+
+
+def window_batches(dataset: LeRobotDataset, batch_size: int, workers: int) -> DataLoader:
+    """The DataLoader of LeRobot's training script; the workers live on between epochs, which favours LeRobot."""
     return DataLoader(
         dataset,
         batch_size,
-        sampler=sampler,
+        sampler=window_sampler(dataset),
         num_workers=workers,
         multiprocessing_context="fork",
         persistent_workers=True,

@@ -37,8 +37,11 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: Path | None 
         Plain values, interpolations resolved.
 
     Raises:
-        UserError: an unknown key or group option (with a did-you-mean), a bad value, a value that must be given.
+        UserError: an unknown key or group option (with a did-you-mean), a bad value, a value that must be given, or
+            ``config_dir`` is no folder.
     """
+    if config_dir is not None and not config_dir.is_dir():
+        raise UserError(f"--config-dir {config_dir} is no folder; wanted one with task/, policy/ or train/ YAML files.")
     extra = [f"hydra.searchpath=[file://{config_dir.resolve()}]"] if config_dir else []
     parsed = _parse(overrides)
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -83,28 +86,39 @@ def override_plain(plain: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     return resolve(config)
 
 
-def multirun(name: str, overrides: Sequence[str], run: Callable[[dict[str, Any]], None]) -> None:
+def multirun(
+    name: str, overrides: Sequence[str], run: Callable[[dict[str, Any]], None], config_dir: Path | None = None
+) -> None:
     """Run every combination of comma-separated overrides through Hydra's sweeper and launcher."""
 
     def job(config: DictConfig) -> None:
         try:
             run(resolve(config))
         except UserError as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)  # raised, it would get Hydra's traceback and exit code 1
+            sys.exit(2)
 
     first_choices = [o for o in _parse(overrides) if not o.is_sweep_override()]
-    compose_config(name, [o.input_line for o in first_choices if o.input_line])  # typos end here, before any job
-    sys.argv = [sys.argv[0], "--multirun", *overrides]
+    lines = [o.input_line for o in first_choices if o.input_line]
+    compose_config(name, lines, config_dir)  # typos end here, before any job
+    own = ["--config-dir", str(config_dir.resolve())] if config_dir else []
+    sys.argv = [sys.argv[0], "--multirun", *own, *overrides]
     hydra_main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(
-            f"Cannot read the overrides {list(overrides)}: write them as key=value, e.g. train.steps=500. {error}"
-        ) from error
+    parser = OverridesParser.create()
+    parsed = []
+    for override in overrides:
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"Cannot read '{override}' ({reason}). Write key=value, e.g. train.steps=500; quote values with "
+                "special characters: 'data.path=\"my demos.zarr\"'."
+            ) from error
+    return parsed
 
 
 def _unknown_option(overrides: list[Override], config_dir: Path | None, error: MissingConfigException) -> str:
@@ -112,10 +126,8 @@ def _unknown_option(overrides: list[Override], config_dir: Path | None, error: M
     for override in overrides:
         options = {file.stem for folder in folders for file in (folder / override.key_or_group).glob("*.yaml")}
         if options and override.value() not in options:
-            return (
-                f"There is no {override.key_or_group} '{override.value()}'."
-                f"{did_you_mean(str(override.value()), options)} Known: {', '.join(sorted(options))}."
-            )
+            hint, known = did_you_mean(str(override.value()), options), f" Known: {', '.join(sorted(options))}."
+            return f"There is no {override.key_or_group} '{override.value()}'.{hint.removesuffix(known)}{known}"
     return str(error)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +34,55 @@ def add_parser(verbs: Any) -> None:
     parser.set_defaults(run=run)
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """Overrides of the bundle's sampler; None keeps its value."""
+
+    name: str | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The entries of ``configs/eval.yaml``, explained there."""
+
+    bundle: str
+    episodes: int
+    first_seed: int
+    batch_size: int
+    workers: int
+    videos: int
+    device: str
+    environment: str | None = None
+    out: str | None = None
+    sampler: Sampler = field(default_factory=Sampler)
+
+
 def run(args: argparse.Namespace) -> int:
-    settings = compose_config("eval", args.overrides)
+    from robopolicy.configuration import dataclass_from
+
+    settings = dataclass_from(Settings, compose_config("eval", args.overrides), "")
     from robopolicy.evaluation.evaluate import evaluate
     from robopolicy.policies.bundle import bundle_fingerprint, load_bundle
     from robopolicy.training.distributed import join_processes
     from robopolicy.training.metrics import curve
 
-    path = Path(settings["bundle"])
-    policy, manifest = load_bundle(path, join_processes(settings["device"]).device)
-    policy.sampler = replace(policy.sampler, **{k: v for k, v in settings["sampler"].items() if v is not None})
+    path = Path(settings.bundle)
+    policy, manifest = load_bundle(path, join_processes(settings.device).device)
+    policy.sampler = replace(policy.sampler, **{k: v for k, v in asdict(settings.sampler).items() if v is not None})
     policy.check_sampler(policy.sampler)  # before any episode
-    environment = settings["environment"] or manifest["task"].get("environment")
+    environment = settings.environment or manifest["task"].get("environment")
     if not environment:
         raise UserError(f"{path} was trained for a task without an environment; name one with environment=…")
     run_folder = path.parent.parent
-    out = Path(settings["out"] or run_folder / "eval" / f"{path.name}-{environment}-{settings['episodes']}")
+    out = Path(settings.out or run_folder / "eval" / f"{path.name}-{environment}-{settings.episodes}")
     result = evaluate(
         policy,
         environment,
         out=out,
         policy_info={"fingerprint": bundle_fingerprint(manifest), "sampler": asdict(policy.sampler)},
         training_curve=curve(run_folder / "metrics.jsonl", "train/loss") or None,
-        **{name: settings[name] for name in ("episodes", "first_seed", "batch_size", "workers", "videos")},
+        **{name: getattr(settings, name) for name in ("episodes", "first_seed", "batch_size", "workers", "videos")},
     )
     for metric in result.metrics:
         interval = f"[{metric.low:.3f}, {metric.high:.3f}]"

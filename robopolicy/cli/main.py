@@ -45,7 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_verb(arguments: Sequence[str] | None) -> int:
     """Parse and run one verb; returns its exit code."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes a sub-verb's positional words in one piece only; overrides may also follow an option
+    if rest and ("overrides" not in args or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     return int(args.run(args))
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
-import re
 from typing import Any
 
-from robopolicy.errors import UserError, did_you_mean, require_extra
+from robopolicy.simulator import task_id
 
 HELP = """\
 Record demonstrations of a simulated task with its scripted expert.
@@ -26,7 +24,6 @@ get back on track, which a policy needs as soon as it errs. Failed episodes are 
 Each episode is on disk when the bar counts it: after Ctrl-C go on with --append and the next seed.
 Then look at the dataset:  robopolicy data show data/push_puck.zarr
 """
-NAMESPACE = "robopolicy_sim"
 
 
 def add_parser(verbs: Any) -> None:
@@ -59,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from robopolicy.data.record import record_demonstrations
 
     report = record_demonstrations(
-        find_env_id(args.task),
+        task_id(args.task),
         args.out,
         episodes=args.episodes,
         seed=args.seed,
@@ -78,23 +75,3 @@ def run(args: argparse.Namespace) -> int:
         f"the dataset now holds {report.episodes_in_dataset} episodes."
     )
     return 0
-
-
-def find_env_id(task: str) -> str:
-    """Turn a short name into a Gymnasium id; ``push_puck`` is ``robopolicy_sim/PushPuck-v0``, the newest version.
-
-    Raises:
-        UserError: no such task, or the simulator is not installed.
-    """
-    if "/" in task or ":" in task:
-        return task
-    require_extra(NAMESPACE, "sim")
-    require_extra("mujoco", "sim")
-    registry = importlib.import_module("gymnasium").registry
-    specs = sorted(
-        (spec for spec in registry.values() if spec.namespace == NAMESPACE), key=lambda spec: spec.version or 0
-    )
-    tasks = {re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", spec.name).lower(): spec.id for spec in specs}
-    if task not in tasks:
-        raise UserError(f"There is no simulated task '{task}'.{did_you_mean(task, tasks)}")
-    return tasks[task]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from robopolicy.policies.base import Policy
     from robopolicy.training.loop import Evaluate
 
+SECTIONS = ("out", "task", "data", "policy", "train")
 HELP = """\
 Train a policy on a dataset.
 
@@ -54,13 +56,10 @@ def run(args: argparse.Namespace) -> int:
         overrides = list(args.overrides)
         if not any(o.startswith("out=") for o in overrides):
             overrides.append("out='runs/${task.name}/sweep/${hydra:job.override_dirname}'")
-        multirun("train", overrides, lambda plain: start(plain, resume=False))
+        multirun("train", overrides, lambda plain: start(plain, resume=False), args.config_dir)
         return 0
     if args.resume is not None:
-        file = args.resume / "config.json"
-        if not file.is_file():
-            raise UserError(f"{args.resume} is not a training run: it has no config.json.")
-        plain = override_plain(json.loads(file.read_text()), args.overrides) | {"out": str(args.resume)}
+        plain = override_plain(_started_with(args.resume), args.overrides) | {"out": str(args.resume)}
     else:
         plain = compose_config("train", args.overrides, args.config_dir)
     if args.print_config:
@@ -70,14 +69,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _started_with(run: Path) -> dict[str, Any]:
+    """The configuration that a run was started with."""
+    file = run / "config.json"
+    if not file.is_file():
+        raise UserError(f"{run} is not a training run: it has no config.json.")
+    try:
+        plain = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is damaged ({error}). Restore it, or start a new run with out=…") from error
+    missing = [name for name in SECTIONS if name not in plain]
+    if missing:
+        raise UserError(f"{file} is damaged: '{missing[0]}' is missing. Restore it, or start a new run with out=…")
+    return plain
+
+
 def start(plain: dict[str, Any], resume: bool) -> None:
     """Train with a composed configuration."""
     from robopolicy.configuration import dataclass_from
     from robopolicy.training.checkpoint import has_checkpoint
     from robopolicy.training.loop import RunConfig, train
 
-    wanted = {name: plain[name] for name in ("out", "task", "data", "policy", "train")}
-    config = dataclass_from(RunConfig, wanted, "config")
+    config = dataclass_from(RunConfig, {name: plain[name] for name in SECTIONS}, "")
     out = Path(config.out)
     if not resume and has_checkpoint(out / "checkpoints"):
         raise UserError(
@@ -90,22 +103,33 @@ def start(plain: dict[str, Any], resume: bool) -> None:
     print(f"bundle: {bundle}\njudge it with: robopolicy eval bundle={bundle}")
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How the policy is judged during training; see `robopolicy.evaluation.evaluate.evaluate`."""
+
+    episodes: int
+    first_seed: int
+    batch_size: int
+    workers: int
+
+
 def evaluation_of(plain: Mapping[str, Any]) -> Evaluate:
     """What judges the policy during training.
 
     Raises:
         UserError: the task names no environment, or no such environment exists.
     """
+    from robopolicy.configuration import dataclass_from
     from robopolicy.evaluation.environments import environment
     from robopolicy.evaluation.evaluate import evaluate
 
-    name, settings = plain["task"]["environment"], plain["evaluation"]
+    name, settings = plain["task"]["environment"], dataclass_from(Evaluation, plain["evaluation"], "evaluation")
     if not name:
         raise UserError("train.evaluate_every needs a task with an environment; set train.evaluate_every=0.")
     environment(name)
 
     def judge(policy: Policy, step: int) -> dict[str, float]:
-        result = evaluate(policy, name, videos=0, **settings)
+        result = evaluate(policy, name, videos=0, **asdict(settings))
         return {
             "eval/score": result.metric("mean_score").value,
             "eval/success_rate": result.metric("success_rate").value,

@@ -7,7 +7,6 @@ judged on a start that it has been shown.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import multiprocessing
 import os
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from robopolicy.data.schema import ArraySpec
 from robopolicy.data.store import EpisodeStore
 from robopolicy.errors import UserError, require_extra
+from robopolicy.simulator import registered_id
 
 log = logging.getLogger(__name__)
 
@@ -166,26 +166,6 @@ def play_episode(env: Any, seed: int, noise: float) -> Episode:
         ended = terminated or truncated
     arrays = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
     return Episode(arrays, getattr(env.unwrapped, "instruction", ""), bool(info["success"]), seed)
-
-
-def registered_id(env_id: str) -> str:
-    """Make sure that ``env_id`` is registered and return it.
-
-    Gymnasium registers an environment when its package is imported; by convention the package has the name of the
-    id's namespace, so an unknown namespace is imported.
-
-    Raises:
-        UserError: that package exists but cannot be imported.
-    """
-    gymnasium = require_extra("gymnasium", "sim")
-    namespace, _, _ = env_id.rpartition("/")
-    if namespace.isidentifier() and env_id not in gymnasium.registry:
-        try:
-            importlib.import_module(namespace)
-        except ModuleNotFoundError as error:
-            if error.name != namespace:
-                raise UserError(f"{env_id}: the package '{namespace}' cannot be imported: {error}.") from error
-    return env_id
 
 
 def _check_arguments(episodes: int, seed: int, workers: int, noise: float) -> None:

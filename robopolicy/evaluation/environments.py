@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,9 +12,9 @@ import gymnasium
 
 from robopolicy.errors import UserError, did_you_mean
 from robopolicy.evaluation import pusht
+from robopolicy.simulator import registered_id, simulated_tasks
 from robopolicy.spec import KeySpec, PolicySpec, check_keys
 
-SIMULATOR_NAMESPACE = "robopolicy_sim"
 IMAGE_SIZE = 96  # side in pixels, unless the policy wants another
 DEFAULT_MAX_STEPS = 300  # of an environment that was registered without a limit
 VIDEO_SIZE = (240, 320)  # (height, width) in pixels
@@ -127,23 +126,10 @@ def environment(name: str) -> Environment:
     """
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]
-    simulated = _simulator_ids()
+    simulated = simulated_tasks()
     if name in simulated:
         return _simulated(name, simulated[name])
-    hint = did_you_mean(name, (*ENVIRONMENTS, *simulated))
-    missing = "" if simulated else " The simulator is not registered; install it with: pip install 'robopolicy[sim]'"
-    raise UserError(f"There is no environment '{name}'.{hint}{missing}")
-
-
-def _simulator_ids() -> dict[str, str]:
-    """Gymnasium ids of the simulator by short name; the package registers itself through Gymnasium's entry points."""
-    found = [spec for spec in gymnasium.registry.values() if spec.namespace == SIMULATOR_NAMESPACE]
-    found.sort(key=lambda spec: spec.version or 0)
-    return {_snake_case(spec.name): spec.id for spec in found}
-
-
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    raise UserError(f"There is no environment '{name}'.{did_you_mean(name, (*ENVIRONMENTS, *simulated))}")
 
 
 def _simulated(name: str, gymnasium_id: str) -> Environment:
@@ -153,7 +139,7 @@ def _simulated(name: str, gymnasium_id: str) -> Environment:
     every camera of its MuJoCo model can be observed, and the constructor takes ``cameras``, ``image_size`` and
     ``render_size``. ``metadata["units"]``, where there, holds units by key.
     """
-    env: Any = gymnasium.make(gymnasium_id).unwrapped
+    env: Any = gymnasium.make(registered_id(gymnasium_id)).unwrapped
     vectors, action, metadata, model = env.observation_space, env.action_space, env.metadata, env.model
     env.close()
     units = metadata.get("units", {})
@@ -178,7 +164,7 @@ def _simulated(name: str, gymnasium_id: str) -> Environment:
 def _make_simulated(gymnasium_id: str, keys: Sequence[KeySpec]) -> gymnasium.Env:
     images = [key for key in keys if key.role == "image"]
     return gymnasium.make(
-        gymnasium_id,
+        registered_id(gymnasium_id),
         max_episode_steps=-1,  # the rollout counts the steps
         disable_env_checker=True,
         render_mode="rgb_array",

@@ -139,11 +139,10 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> tuple[Policy,
     try:
         state = load_file(path / "model.safetensors")
         state |= {f"normalizer.{k}": v for k, v in load_file(path / "normalizer.safetensors").items()}
-        policy.load_state_dict(state)
     except (SafetensorError, OSError) as error:
         raise UserError(f"The weights in {path} cannot be read: {error}") from error
-    except RuntimeError as error:
-        raise UserError(f"The weights in {path} do not fit its architecture: {error}") from error
+    _check_shapes(state, policy, path)
+    policy.load_state_dict(state)
     return policy.to(device).eval(), manifest
 
 
@@ -151,6 +150,17 @@ def bundle_fingerprint(manifest: Mapping[str, Any]) -> str:
     """Identity of a bundle: a hash over architecture, spec and weights."""
     parts = yaml.safe_dump({k: manifest[k] for k in ("architecture", "spec", "files")}, sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def _check_shapes(found: Mapping[str, torch.Tensor], policy: Policy, path: Path) -> None:
+    wanted = policy.state_dict()
+    for name in sorted(found.keys() | wanted.keys()):
+        a, b = (tuple(side[name].shape) if name in side else "nothing" for side in (found, wanted))
+        if a != b:
+            raise UserError(
+                f"The weights in {path} do not fit its architecture: '{name}' holds {a}, wanted {b}. "
+                "Was bundle.yaml edited, or the bundle written by another version of robopolicy?"
+            )
 
 
 def _sha256(path: Path) -> str:

@@ -24,7 +24,7 @@ class DiffusionUnetConfig:
     """Architecture and sampling of `DiffusionUnet`.
 
     Attributes:
-        down_dims: channels of the U-Net's levels; (512, 1024, 2048) for images and (256, 512, 1024) for states in the paper.
+        down_dims: channels of the levels; the paper has (512, 1024, 2048) for images, (256, 512, 1024) for states.
         kernel_size: kernel of its convolutions.
         n_groups: groups of its normalisation.
         step_embed_dim: length of the noise-level embedding.

@@ -12,6 +12,7 @@ from robopolicy.cli import record as verb
 from robopolicy.data.record import EVALUATION_SEEDS_FROM, record_demonstrations
 from robopolicy.data.store import EpisodeStore
 from robopolicy.errors import UserError
+from robopolicy.simulator import task_id
 
 pytest.importorskip("gymnasium")
 needs_simulator = pytest.mark.skipif(
@@ -171,6 +172,6 @@ def test_verb_records(tmp_path, capsys):
 @needs_simulator
 def test_verb_suggests_the_task_that_was_meant():
     with pytest.raises(UserError, match="Did you mean 'push_puck'"):
-        verb.find_env_id("push_pukc")
-    assert verb.find_env_id("push_puck") == PUSH_PUCK
-    assert verb.find_env_id("other/Thing-v2") == "other/Thing-v2"
+        task_id("push_pukc")
+    assert task_id("push_puck") == PUSH_PUCK
+    assert task_id("other/Thing-v2") == "other/Thing-v2"

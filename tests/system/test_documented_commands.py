@@ -1,0 +1,130 @@
+"""The commands of README.md and docs/*.md, executed in order, page by page, in an empty folder.
+
+Only their length is changed, by the table `SHORTER`. Blocks marked ``sh no-test`` need a download or several GPUs; of
+them the configuration of each training is composed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from robopolicy.cli.main import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+# Words added to a documented command, by what it begins with; the first entry that fits counts.
+SHORTER = {
+    "record": "--episodes 3 --workers 1 --image-size 32",
+    "train --resume runs/first train.steps=4000": "train.steps=6",
+    "train --resume": "",
+    "train": (
+        "train.steps=4 train.batch_size=8 train.threads=1 train.optim.warmup_steps=1 train.validation_windows=8 "
+        "train.tensorboard=false policy.config.down_dims=[16,32] policy.config.step_embed_dim=16"
+    ),
+    "eval": "episodes=2 videos=0",
+    "": "",
+}
+
+# What each page promises to be there after its commands.
+PROMISED = {
+    "README.md": (
+        "pictures data/push_puck.zarr/meta/episode_ends runs/a/config.json runs/a/metrics.jsonl "
+        "runs/a/first_batch.png runs/a/checkpoints/last runs/a/bundles/last/bundle.yaml "
+        "runs/b/bundles/last/bundle.yaml results/a/report.html results/b/report.html results/comparison.html"
+    ),
+    "data.md": "pictures data/all.zarr data/all.zarr.zip data/train.zarr data/val.zarr data/clean.zarr",
+    "training.md": (
+        "runs/first/config.json runs/first/first_batch.png runs/first/metrics.jsonl runs/first/checkpoints/last "
+        "runs/first/bundles/last runs/mine/bundles/last runs/push_puck/sweep"
+    ),
+    "evaluation.md": (
+        "results/first/report.html results/first/summary.json results/first/episodes.jsonl "
+        "results/first/protocol.json results/fast/report.html results/comparison.html"
+    ),
+    "simulation.md": "data/push_puck.zarr data/noisy.zarr data/images.zarr/data/observation.image.top",
+    "bundles.md": (
+        "runs/first/bundles/last/bundle.yaml runs/first/bundles/last/model.safetensors "
+        "runs/first/bundles/last/normalizer.safetensors runs/first/eval/last-push_puck-2/report.html"
+    ),
+}
+
+
+def commands(page: Path, mark: str = "") -> list[list[str]]:
+    """The words of every command in the page's blocks ```` ```sh<mark> ````."""
+    blocks = re.findall(rf"^```sh{mark}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The arguments of a ``robopolicy`` command with what `SHORTER` adds."""
+    text = " ".join(words[1:])
+    return words[1:] + next(added for start, added in SHORTER.items() if text.startswith(start)).split()
+
+
+def execute(words: list[str]) -> None:
+    if words[0] == "robopolicy":
+        assert main(shortened(words)) == 0
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    else:
+        assert words[0] in ("mkdir", "cp"), f"nobody knows how to test '{words[0]}'"
+        subprocess.run(words, check=True)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
+def test_documented_commands_work(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["robopolicy"])  # a sweep changes it
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    for words in commands(page):
+        execute(words)
+    for promised in PROMISED.get(page.name, "").split():
+        assert (tmp_path / promised).exists(), f"{page.name} promises {promised}"
+
+
+def test_each_tested_page_promises_something() -> None:
+    assert {page.name for page in PAGES if commands(page)} <= set(PROMISED) | {"results.md"}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p, " no-test")], ids=lambda page: page.name)
+def test_untested_trainings_have_a_valid_configuration(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in commands(page, " no-test"):
+        name = next(word for word in words if word in ("robopolicy", "robopolicy.cli.main"))
+        arguments = words[words.index(name) + 1 :]
+        if arguments[0] == "train" and "--resume" not in arguments:
+            assert main([*arguments, "--print-config"]) == 0
+            assert json.loads(capsys.readouterr().out)["data"]["path"].endswith(".zarr")
+
+
+def documented_verbs() -> list[tuple[str, ...]]:
+    """Every ``robopolicy VERB`` and ``robopolicy data VERB`` that the pages name."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    found = re.findall(r"(?:^|`)robopolicy (data [a-z]+|[a-z]+)", text, re.MULTILINE)
+    return sorted({tuple(words.split()) for words in found})
+
+
+@pytest.mark.parametrize("verb", documented_verbs(), ids=" ".join)
+def test_every_documented_verb_explains_itself_with_an_example(
+    verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*verb, "--help"])
+    assert re.search(rf"^  robopolicy {' '.join(verb)} \S+", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_pages_name_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    verbs = re.findall(r"^    ([a-z]+) ", capsys.readouterr().out, re.MULTILINE)
+    named = {verb[0] for verb in documented_verbs()}
+    assert set(verbs) - {"demo"} == named - {"demo"}
+    assert "demo" in verbs  # documented as `make demo`
