@@ -4,7 +4,8 @@ Every side shuffles and delivers windows of 2 observation and 16 action steps. E
 which does nothing but take batches. Memory is the proportional set size (memory shared between workers counts once) of
 that process and its workers: the peak, and how much of it came on top of the imports.
 
-Before anything is timed, windows of robopolicy, of the per-item dataset and of LeRobot are compared value by value.
+Before anything is timed, windows of robopolicy, of the per-item dataset and of LeRobot are compared value by value;
+LeRobot's images only roughly, since they went through its video codec. LeRobot delivers images as floats, as always.
 """
 
 from __future__ import annotations
@@ -374,4 +375,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

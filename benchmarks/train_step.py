@@ -88,7 +88,7 @@ class Result:
 def main() -> None:
     args = parse_arguments()
     require_extra("lerobot", "lerobot")
-    about = machine()
+    about = machine() | {"threads": args.threads}
     wait_passively()
     cases = [c for c in CASES if args.only in c.name]
     if not cases:
@@ -97,9 +97,7 @@ def main() -> None:
     for case in cases:
         results.append(run_fresh(measure, case, args.blocks, args.seconds, args.threads))
         print(f"{case.name}: {results[-1].ratio:.2f} times LeRobot", file=sys.stderr, flush=True)
-    print(
-        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; the median of {args.blocks} blocks"
-    )
+    print(f"{about['processor']}, {args.threads} threads, torch {about['torch']}; the median of {args.blocks} blocks")
     print_table(
         "Training steps per second",
         ("case", "parameters", "robopolicy", "LeRobot 0.4.4", "ratio", "min-max of blocks"),
@@ -116,20 +114,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--blocks", type=int, default=7, help="blocks of each side and case (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.5, help="least length of a block (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice, all cores)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both sides (default: %(default)s)"
+    )
     parser.add_argument("--only", default="", help="run only the cases whose name contains this text")
     parser.add_argument("--json", metavar="FILE", help="also write all block rates to this file")
     return parser.parse_args()
 
 
-def measure(case: Case, blocks: int, seconds: float, threads: int | None) -> Result:
+def measure(case: Case, blocks: int, seconds: float, threads: int) -> Result:
     """Time both sides in alternating blocks.
 
     Raises:
         UserError: the two networks differ in size, so that the comparison would be worth nothing.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     ours, our_parameters = our_side(case)
     lerobot, lerobot_parameters = lerobot_side(case)
     if our_parameters != lerobot_parameters:
@@ -261,4 +260,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

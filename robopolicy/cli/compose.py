@@ -60,10 +60,10 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: an entry that must be given is missing, or an interpolation fails.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"Please give {', '.join(f'{key}=…' for key in missing)} on the command line.")
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(f"Please give {', '.join(f'{key}=…' for key in missing)} on the command line.")
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration cannot be resolved: {error}") from error
@@ -98,9 +98,10 @@ def multirun(
             print(f"error: {error}", file=sys.stderr)  # raised, it would get Hydra's traceback and exit code 1
             sys.exit(2)
 
-    first_choices = [o for o in _parse(overrides) if not o.is_sweep_override()]
-    lines = [o.input_line for o in first_choices if o.input_line]
-    compose_config(name, lines, config_dir)  # typos end here, before any job
+    # Typos end here, before any job. What Hydra knows only inside a job cannot be resolved yet.
+    compose_config(
+        name, [_first_choice(o) for o in _parse(overrides) if "${hydra:" not in str(o.input_line)], config_dir
+    )
     own = ["--config-dir", str(config_dir.resolve())] if config_dir else []
     sys.argv = [sys.argv[0], "--multirun", *own, *overrides]
     hydra_main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
@@ -119,6 +120,22 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
                 "special characters: 'data.path=\"my demos.zarr\"'."
             ) from error
     return parsed
+
+
+def sweep_name(overrides: Sequence[str]) -> str:
+    """Name of a sweep's job by what differs between jobs, e.g. ``train.seed-1``, as Hydra interpolations."""
+    groups = {folder.name for folder in config_folder().iterdir() if folder.is_dir()}
+    keys = [o.key_or_group for o in _parse(overrides) if o.is_sweep_override()]
+    if not keys:
+        raise UserError("A sweep needs a key with several values, e.g. train.seed=1,2,3.")
+    values = [f"hydra:runtime.choices.{key}" if key in groups else key for key in keys]
+    return "_".join(f"{key}-${{{value}}}" for key, value in zip(keys, values, strict=True))
+
+
+def _first_choice(override: Override) -> str:
+    if override.is_sweep_override():
+        return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+    return str(override.input_line)
 
 
 def _unknown_option(overrides: list[Override], config_dir: Path | None, error: MissingConfigException) -> str:

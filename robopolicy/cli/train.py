@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robopolicy.cli.compose import compose_config, multirun, override_plain
+from robopolicy.cli.compose import compose_config, multirun, override_plain, sweep_name
 from robopolicy.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.multirun:
         overrides = list(args.overrides)
         if not any(o.startswith("out=") for o in overrides):
-            overrides.append("out='runs/${task.name}/sweep/${hydra:job.override_dirname}'")
+            overrides.append(f"out='runs/${{task.name}}/sweep/{sweep_name(overrides)}'")
         multirun("train", overrides, lambda plain: start(plain, resume=False), args.config_dir)
         return 0
     if args.resume is not None:

@@ -65,6 +65,7 @@ def _draw_states(axes: np.ndarray, policy: Policy, batch: Mapping[str, Tensor], 
 
 
 def _frame(axis: plt.Axes) -> None:
-    axis.set_ylim(-1.3, 1.3)
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(min(bottom, -1.3), max(top, 1.3))
     axis.tick_params(labelsize=6)
     axis.grid(alpha=0.3)

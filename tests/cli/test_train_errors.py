@@ -104,6 +104,13 @@ def test_a_configuration_folder_must_exist(train_command: list[str], fails) -> N
     assert "--config-dir /absent is no folder" in fails(*train_command, "--config-dir", "/absent")
 
 
+def test_a_sweep_stops_at_a_typo_before_its_first_job(walks: Path, fails, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = fails("train", "-m", "train.sed=1,2", "task=push_puck", f"data.path={walks}")
+    assert "Did you mean 'train.seed'?" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_task_of_ones_own(
     train_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], fails
 ) -> None:

@@ -43,7 +43,8 @@ PROMISED = {
     "data.md": "pictures data/all.zarr data/all.zarr.zip data/train.zarr data/val.zarr data/clean.zarr",
     "training.md": (
         "runs/first/config.json runs/first/first_batch.png runs/first/metrics.jsonl runs/first/checkpoints/last "
-        "runs/first/bundles/last runs/mine/bundles/last runs/push_puck/sweep"
+        "runs/first/bundles/last runs/mine/bundles/last runs/push_puck/sweep/train.seed-1/bundles/last "
+        "runs/push_puck/sweep/train.seed-2/bundles/last"
     ),
     "evaluation.md": (
         "results/first/report.html results/first/summary.json results/first/episodes.jsonl "
