@@ -37,7 +37,6 @@ def simulated_tasks() -> dict[str, str]:
     Raises:
         UserError: the simulator or MuJoCo is not installed.
     """
-    require_extra("mujoco", "sim")
     require_extra(NAMESPACE, "sim")
     registry = require_extra("gymnasium", "sim").registry
     found = [spec for spec in registry.values() if spec.namespace == NAMESPACE]

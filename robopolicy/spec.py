@@ -91,6 +91,8 @@ class PolicySpec:
                 f"n_action_steps={self.n_action_steps} must lie in 1..{longest} "
                 f"(horizon {self.horizon} - n_obs_steps {self.n_obs_steps} + 1)."
             )
+        if not self.observations:
+            raise UserError("A policy needs at least one observation key.")
         names = [k.key for k in (*self.observations, self.action)]
         if len(set(names)) != len(names):
             raise UserError(f"Keys of a policy must differ, found {names}.")
@@ -127,6 +129,8 @@ class PolicySpec:
             UserError: a field is missing, unknown or impossible; the message starts with ``where``.
         """
         values = checked_fields(cls, values, where)
+        if not isinstance(values["observations"], (list, tuple)):
+            raise UserError(f"{where}.observations: expected a list, found {values['observations']!r}.")
         observations = tuple(
             _key_from_dict(k, f"{where}.observations[{i}]") for i, k in enumerate(values.pop("observations"))
         )
@@ -158,7 +162,9 @@ def _key_from_dict(values: Any, where: str) -> KeySpec:
     values = checked_fields(KeySpec, values, where)
     for name in ("shape", "columns", "angles"):
         if values.get(name) is not None:
-            values[name] = tuple(int(v) for v in values[name])
+            if not isinstance(values[name], (list, tuple)) or not all(isinstance(v, int) for v in values[name]):
+                raise UserError(f"{where}.{name}: expected a list of integers, found {values[name]!r}.")
+            values[name] = tuple(values[name])
     return KeySpec(**values)
 
 

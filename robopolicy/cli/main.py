@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from robopolicy import __version__
 from robopolicy.errors import UserError
+from robopolicy.simulator import NAMESPACE
 
 # On a machine that does other work too, threads that spin while they wait cost ten times their gain.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -64,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_verb(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__module__.partition(".")[0] != NAMESPACE:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # the simulator, which knows nothing of UserError
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

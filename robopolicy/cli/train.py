@@ -14,7 +14,7 @@ from robopolicy.errors import UserError
 
 if TYPE_CHECKING:
     from robopolicy.policies.base import Policy
-    from robopolicy.training.loop import Evaluate
+    from robopolicy.training.loop import Evaluate, RunConfig
 
 SECTIONS = ("out", "task", "data", "policy", "train")
 HELP = """\
@@ -96,9 +96,7 @@ def start(plain: dict[str, Any], resume: bool) -> None:
         raise UserError(
             f"{out} already holds a training run. Continue it with --resume {out}, or choose another folder with out=…"
         )
-    evaluate = evaluation_of(plain) if config.train.evaluate_every else None
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(plain, indent=2))
+    evaluate = evaluation_of(config, plain) if config.train.evaluate_every else None
     bundle = train(config, plain, evaluate, resume)
     print(f"bundle: {bundle}\njudge it with: robopolicy eval bundle={bundle}")
 
@@ -113,20 +111,21 @@ class Evaluation:
     workers: int
 
 
-def evaluation_of(plain: Mapping[str, Any]) -> Evaluate:
+def evaluation_of(config: RunConfig, plain: Mapping[str, Any]) -> Evaluate:
     """What judges the policy during training.
 
     Raises:
-        UserError: the task names no environment, or no such environment exists.
+        UserError: the task names no environment, none that exists, or one that does not fit the dataset.
     """
     from robopolicy.configuration import dataclass_from
     from robopolicy.evaluation.environments import environment
     from robopolicy.evaluation.evaluate import evaluate
+    from robopolicy.training.dataset import open_dataset, task_spec
 
-    name, settings = plain["task"]["environment"], dataclass_from(Evaluation, plain["evaluation"], "evaluation")
+    name, settings = config.task.environment, dataclass_from(Evaluation, plain["evaluation"], "evaluation")
     if not name:
         raise UserError("train.evaluate_every needs a task with an environment; set train.evaluate_every=0.")
-    environment(name)
+    environment(name).check(task_spec(config.task, open_dataset(config.task, config.data)))
 
     def judge(policy: Policy, step: int) -> dict[str, float]:
         result = evaluate(policy, name, videos=0, **asdict(settings))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robopolicy.errors import UserError
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -30,6 +32,12 @@ class AugmentConfig:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise UserError(f"augmentation.crop={self.crop} must lie above 0 and at most at 1.")
+        if min(self.shift, self.brightness, self.contrast, self.saturation) < 0:
+            raise UserError(f"augmentation: no value may be negative, found {self}.")
 
 
 def draw_augmentation(batch: int, generator: torch.Generator) -> Tensor:

@@ -43,7 +43,10 @@ class FrameReader:
         frames = self.store.read(self.array, start, stop)
         if self._factor is None:
             return frames
-        return np.clip(np.rint(frames * self._factor), 0, 255).astype(np.uint8)
+        frames = frames.astype(np.float32, copy=False)
+        frames *= self._factor  # in place: a float copy of a block is four times its bytes
+        np.rint(frames, out=frames)
+        return np.clip(frames, 0, 255, out=frames).astype(np.uint8)
 
 
 def load_images(store: EpisodeStore, array: str) -> Tensor:

@@ -157,7 +157,7 @@ def dataset_key(store: EpisodeStore, key: KeySpec) -> KeySpec:
     array: ArraySpec = store.schema.arrays[key.array]
     shape = tuple(array.shape) or (1,)
     if key.columns is not None:
-        if len(shape) != 1 or max(key.columns) >= shape[0]:
+        if len(shape) != 1 or not key.columns or min(key.columns) < 0 or max(key.columns) >= shape[0]:
             raise UserError(f"{store.path}: columns {key.columns} of '{key.array}' do not exist; its shape is {shape}.")
         shape = (len(key.columns),)
     role = array.role if array.role in ("image", "action") else "state"

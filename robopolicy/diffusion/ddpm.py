@@ -28,8 +28,12 @@ class DdpmConfig:
     """
 
     train_steps: int = 100
-    schedule: str = "squaredcos_cap_v2"
+    schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = "squaredcos_cap_v2"
     prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.train_steps < 2:
+            raise UserError(f"process.train_steps={self.train_steps} must be at least 2.")
 
 
 @dataclass(frozen=True)

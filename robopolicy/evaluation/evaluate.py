@@ -63,8 +63,10 @@ def evaluate(
     played = rollout(policy, world, seeds, batch_size=batch_size, workers=workers, progress=progress)
     wall_s = time.perf_counter() - began
     protocol = Protocol(task_of(world, seeds), _policy_entry(policy.spec, policy_info or {}))
+    result = EvaluationResult(protocol, tuple(played), wall_s)
     if out is None:
-        return EvaluationResult(protocol, tuple(played), wall_s)
+        return result
+    result.save(out)  # before anything is rendered: that may fail where there is no graphics driver
     result = EvaluationResult(protocol, _film(played, world, policy.spec, out, videos, progress), wall_s)
     result.save(out)
     write_report(result, out / "report.html", training_curve=training_curve)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from robopolicy.nets.fast import Mish, ShortGroupNorm
+from robopolicy.nets.short_group_norm import ShortGroupNorm
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -33,7 +33,7 @@ class ConvBlock(nn.Sequential):
         super().__init__(
             nn.Conv1d(dim_in, dim_out, kernel_size, padding=kernel_size // 2),
             ShortGroupNorm(n_groups, dim_out),
-            Mish(),
+            nn.Mish(),
         )
 
 
@@ -98,7 +98,7 @@ class ConditionalUnet1d(nn.Module):
         self.step_encoder = nn.Sequential(
             SinusoidalEmbedding(step_embed_dim),
             nn.Linear(step_embed_dim, 4 * step_embed_dim),
-            Mish(),
+            nn.Mish(),
             nn.Linear(4 * step_embed_dim, step_embed_dim),
         )
         dims = (action_dim, *down_dims)
@@ -112,8 +112,8 @@ class ConditionalUnet1d(nn.Module):
             ConvBlock(down_dims[0], down_dims[0], kernel_size, n_groups), nn.Conv1d(down_dims[0], action_dim, 1)
         )
         self._film_dims = [m.film_dim for m in self.modules() if isinstance(m, FilmResidualBlock)]
-        self.film_step = nn.Sequential(Mish(), nn.Linear(step_embed_dim, sum(self._film_dims)))
-        self.film_cond = nn.Sequential(Mish(), nn.Linear(cond_dim, sum(self._film_dims), bias=False))
+        self.film_step = nn.Sequential(nn.Mish(), nn.Linear(step_embed_dim, sum(self._film_dims)))
+        self.film_cond = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, sum(self._film_dims), bias=False))
 
     def condition(self, features: Tensor) -> Tensor:
         """Turn observation features (B, cond_dim) into the modulation (B, M) that `forward` takes, once per chunk."""

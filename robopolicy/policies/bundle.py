@@ -27,6 +27,7 @@ from robopolicy.policies.registry import build_policy, policy_name
 from robopolicy.spec import PolicySpec
 
 FORMAT_VERSION = 1
+WEIGHTS = ("model.safetensors", "normalizer.safetensors")
 _ENTRIES = ("format_version", "kind", "architecture", "spec", "task", "provenance", "files")
 
 
@@ -104,9 +105,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise UserError(f"{file}: the entry '{entry}' is missing.")
     if manifest["kind"] != "policy":
         raise UserError(f"{file} holds a '{manifest['kind']}', wanted a policy.")
-    for name, wanted in manifest["files"].items():
+    for entry in _ENTRIES[2:]:
+        if not isinstance(manifest[entry], dict):
+            raise UserError(f"{file}: '{entry}' is damaged: expected a mapping, found {manifest[entry]!r}.")
+    for name in WEIGHTS:
+        if name not in manifest["files"]:
+            raise UserError(f"{file}: 'files' lacks the checksum of '{name}'.")
+    for name in manifest["files"]:
         if Path(name).name != name:
             raise UserError(f"{file}: the file name '{name}' points outside the bundle.")
+    for name, wanted in manifest["files"].items():
         if not (path / name).is_file():
             raise UserError(f"{path} is incomplete: '{name}' is missing. Copy the bundle again.")
         found = _sha256(path / name)
@@ -130,8 +138,8 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> tuple[Policy,
     parts = {k.key: AffineNormalizer(k.dim) for k in (*spec.states, spec.action)}
     architecture = manifest["architecture"]
     policy = build_policy(
-        architecture["name"],
-        architecture["config"],
+        architecture.get("name", ""),
+        architecture.get("config", {}),
         spec,
         Normalizer.from_parts(parts),
         where=f"{path / 'bundle.yaml'}: architecture",

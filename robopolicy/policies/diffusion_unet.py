@@ -63,7 +63,7 @@ class DiffusionUnet(Policy):
             raise UserError(
                 f"horizon={spec.horizon} must be a multiple of {2**halvings} for {len(config.down_dims)} U-Net levels."
             )
-        if any(dim % config.n_groups for dim in config.down_dims):
+        if config.n_groups < 1 or any(dim % config.n_groups for dim in config.down_dims):
             raise UserError(f"down_dims={config.down_dims} must be multiples of n_groups={config.n_groups}.")
         self.config = config
         self.process = DdpmProcess(config.process)

@@ -51,11 +51,7 @@ def save_checkpoint(
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     sync_path(folder)
-    pointer = folder / f".{POINTER}.partial"
-    pointer.write_text(target.name)
-    sync_path(pointer)
-    os.replace(pointer, folder / POINTER)
-    sync_path(folder)
+    write_whole(folder / POINTER, target.name)
     for old in folder.glob("step_*"):
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
@@ -91,6 +87,16 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMAModel, optimizer: Op
     ema.optimization_step = state["ema_step"]
     _restore_moments(optimizer, moments)
     return state
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a small file; readers, and a crash, see the old text or the new one. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    sync_path(partial)
+    os.replace(partial, path)
+    sync_path(path.parent)
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -28,6 +28,11 @@ class OptimConfig:
     warmup_steps: int = 500
     clip_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        _at_least(0, self, "train.optim", "lr", "weight_decay", "eps", "warmup_steps")
+        if self.clip_norm <= 0:
+            raise UserError(f"train.optim.clip_norm={self.clip_norm} must be above 0; a large one never clips.")
+
 
 @dataclass(frozen=True)
 class EmaConfig:
@@ -57,6 +62,12 @@ class DataConfig:
     seed: int = 42
     memory_budget_mb: int | None = None
     normalization: dict[str, str] = field(default_factory=lambda: {"state": "minmax", "action": "minmax"})
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "data", "val_ratio", "seed")
+        _at_least(1, self, "data", "max_train_episodes", "memory_budget_mb")
+        if self.val_ratio >= 1:
+            raise UserError(f"data.val_ratio={self.val_ratio} must be below 1.")
 
 
 @dataclass(frozen=True)
@@ -104,10 +115,17 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}={getattr(self, name)} must be at least 1.")
+        at_least_one = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "validation_windows")
+        _at_least(1, self, "train", *at_least_one, "checkpoint_every", "threads")
+        _at_least(0, self, "train", "evaluate_every", "keep_best", "seed")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size={self.batch_size} must be a multiple of train.accumulate={self.accumulate}."
             )
+
+
+def _at_least(least: float, config: object, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"{where}.{name}={value} must be at least {least}.")

@@ -44,8 +44,12 @@ def join_processes(device: str) -> Processes:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"train.device={device}, but torch sees no GPU here. Use train.device=cpu.")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"There is no device '{device}'. Use auto, cpu, cuda or cuda:1.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"The device is '{device}', but torch sees no GPU here. Use cpu.")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Processes(device=torch.device(device))

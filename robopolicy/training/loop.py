@@ -25,7 +25,7 @@ from robopolicy.policies.base import Policy
 from robopolicy.policies.bundle import save_bundle
 from robopolicy.policies.registry import build_policy
 from robopolicy.training.best import BestBundles
-from robopolicy.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from robopolicy.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, write_whole
 from robopolicy.training.config import DataConfig, TrainConfig
 from robopolicy.training.dataset import TaskConfig, TrainingData, prepare_data
 from robopolicy.training.distributed import Processes, join_processes
@@ -70,6 +70,7 @@ class Run:
         self.policy = build_policy(
             config.policy["name"], config.policy["config"], self.data.spec, self.data.normalizer, "policy.config"
         ).to(processes.device)
+        self.policy.check_sampler(self.policy.sampler)
         self.averaged = copy.deepcopy(self.policy).eval()
         self.ema = EMAModel(
             self.policy.parameters(),
@@ -160,7 +161,8 @@ def train(config: RunConfig, plain: Mapping[str, Any], evaluate: Evaluate | None
         run.step = state["step"]
         best.restore(state["best"])
         log.info("resumed at step %d", run.step)
-    run.out.mkdir(parents=True, exist_ok=True)
+    if processes.main:
+        write_whole(run.out / "config.json", json.dumps(plain, indent=2))
     log.info("%s: %.2f M parameters", config.policy["name"], sum(p.numel() for p in run.policy.parameters()) / 1e6)
     metrics: dict[str, float] = {}
     main_log = MetricsLog(run.out, config.train, run.step, plain) if processes.main else None
@@ -265,9 +267,3 @@ def _commit() -> str:
     here = Path(__file__).parent
     found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip()
-
-
-def read_plain(out: Path) -> dict[str, Any]:
-    """The configuration that a run was started with."""
-    plain: dict[str, Any] = json.loads((out / "config.json").read_text())
-    return plain

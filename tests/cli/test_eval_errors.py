@@ -28,7 +28,7 @@ def edit(bundle: Path, change: Callable[[dict], object]) -> Path:
         ("sampler.steps=few", ["sampler.steps: expected int, found 'few'"]),
         ("episodes=abc", ["episodes: expected int, found 'abc'"]),
         ("episode=3", ["'episode'. Did you mean 'episodes'?"]),
-        ("device=cuda", ["device=cuda", "no GPU"]),
+        ("device=cuda", ["'cuda'", "no GPU"]),
     ],
 )
 def test_a_wrong_setting(

@@ -34,7 +34,20 @@ IMAGE = "observation.image.top"
         ("task.horizon=7", ["horizon=7 must be a multiple of 2"]),
         ("task.n_action_steps=8", ["n_action_steps=8 must lie in 1..7"]),
         ("data.normalization.state=minmx", ["'minmx'. Did you mean 'minmax'?"]),
-        ("train.device=cuda", ["train.device=cuda", "no GPU"]),
+        ("train.device=cuda", ["'cuda'", "no GPU"]),
+        ("train.device=gpu", ["There is no device 'gpu'"]),
+        ("train.threads=0", ["train.threads=0 must be at least 1"]),
+        ("train.validation_windows=0", ["train.validation_windows=0 must be at least 1"]),
+        ("train.optim.lr=-1", ["train.optim.lr=-1.0 must be at least 0"]),
+        ("data.val_ratio=1.5", ["data.val_ratio=1.5 must be below 1"]),
+        ("data.memory_budget_mb=-3", ["data.memory_budget_mb=-3 must be at least 1"]),
+        ("policy.config.augmentation.crop=0", ["augmentation.crop=0.0 must lie above 0"]),
+        ("policy.config.n_groups=0", ["multiples of n_groups=0"]),
+        ("policy.config.process.schedule=cosine", ["'cosine' must be one of 'squaredcos_cap_v2'"]),
+        ("policy.config.sampler.name=ddmi", ["Unknown sampler 'ddmi'. Did you mean"]),
+        ("policy.config.sampler.steps=1000", ["sampler.steps=1000 must lie in 1..100"]),
+        ("task.observations=[]", ["at least one observation key"]),
+        ("task.observations=[{key: observation.state, columns: [-1]}]", ["columns (-1,)"]),
         ("train.evaluate_every=1", ["train.evaluate_every needs a task with an environment"]),
         ("task.observations=[{key: observation.stte}]", ["'observation.stte'", "Did you mean 'observation.state'?"]),
         ("task.observations=[{kye: observation.state}]", ["task.observations[0]: unknown entry 'kye'", "'key'"]),
@@ -98,6 +111,15 @@ def test_resume_wants_a_run(walks: Path, tmp_path: Path, fails) -> None:
         (tmp_path / "config.json").write_text(content)
         message = fails("train", "--resume", tmp_path)
         assert f"{tmp_path / 'config.json'} is damaged" in message
+
+
+def test_a_resume_that_fails_leaves_the_run_as_it_was(train_command: list[str], tmp_path: Path, fails) -> None:
+    assert main(train_command) == 0
+    config = (tmp_path / "run" / "config.json").read_text()
+    resume = ["train", "--resume", str(tmp_path / "run")]
+    assert "another architecture" in fails(*resume, "policy.config.down_dims=[32,64]")
+    assert (tmp_path / "run" / "config.json").read_text() == config
+    assert main([*resume, "train.steps=3"]) == 0
 
 
 def test_a_configuration_folder_must_exist(train_command: list[str], fails) -> None:

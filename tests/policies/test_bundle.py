@@ -71,7 +71,11 @@ def test_a_folder_that_is_no_bundle_says_what_it_found(tmp_path):
         ({"architecture": {"name": "diffusion_unet", "config": {"kernal_size": 3}}}, "Did you mean 'kernel_size'"),
         ({"architecture": {"name": "diffusion_unet", "config": {"down_dims": [8, 8]}}}, "do not fit its architecture"),
         ({"spec": {"fps": 10}}, "the entry 'observations' is missing"),
-        ({"files": {"../x": "0"}}, "points outside the bundle"),
+        ({"files": dict.fromkeys(("model.safetensors", "normalizer.safetensors", "../x"), "0")}, "points outside"),
+        ({"files": {}}, "lacks the checksum of 'model.safetensors'"),
+        ({"architecture": ["diffusion_unet"]}, "'architecture' is damaged: expected a mapping"),
+        ({"architecture": {}}, "unknown architecture ''"),
+        ({"spec": {"observations": 3, "action": {}, "fps": 10}}, "expected a list, found 3"),
     ],
 )  # fmt: skip
 def test_damaged_manifests_end_in_one_clear_message(bundle, change, message):
