@@ -91,8 +91,6 @@ class PolicySpec:
                 f"n_action_steps={self.n_action_steps} must lie in 1..{longest} "
                 f"(horizon {self.horizon} - n_obs_steps {self.n_obs_steps} + 1)."
             )
-        if not self.observations:
-            raise UserError("A policy needs at least one observation key.")
         names = [k.key for k in (*self.observations, self.action)]
         if len(set(names)) != len(names):
             raise UserError(f"Keys of a policy must differ, found {names}.")

@@ -55,6 +55,10 @@ class TaskConfig:
     environment: str = ""
     schema: dict[str, dict[str, str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.observations:
+            raise UserError("task.observations is empty; a policy needs at least one observation key.")
+
 
 def open_dataset(task: TaskConfig, data: DataConfig) -> EpisodeStore:
     """Open the dataset with the task's overrides of its schema."""
