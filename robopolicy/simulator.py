@@ -1,5 +1,5 @@
-"""Short names of simulated tasks, and the Gymnasium ids behind them. The simulator itself is an extra, never imported
-by name: any package whose import registers Gymnasium environments under its own name can be used the same way."""
+"""Short names of simulated tasks, and the Gymnasium ids behind them. The simulator is an extra, imported only
+when a simulated task is asked for; any package that registers Gymnasium environments under its own name works too."""
 
 from __future__ import annotations
 

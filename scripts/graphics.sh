@@ -4,7 +4,6 @@ set -eu
 packages="libegl1 libopengl0 libgl1-mesa-dri"
 
 [ "$(uname)" = Linux ] || exit 0
-[ -z "${DISPLAY:-}" ] || exit 0
 command -v dpkg-query >/dev/null || exit 0
 missing=""
 for package in $packages; do
@@ -19,4 +18,4 @@ if [ "$(id -u)" = 0 ]; then run=""; elif command -v sudo >/dev/null; then run="s
 fi
 echo "== installing them: ${run:+$run }apt-get install --no-install-recommends$missing"
 $run apt-get update -qq
-DEBIAN_FRONTEND=noninteractive $run apt-get install -qq -y --no-install-recommends $missing
+$run env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing

@@ -3,14 +3,19 @@
 set -eu
 python=$1 venv=$2 extra=$3
 
+if ! command -v "$python" >/dev/null; then
+    echo "error: there is no $python. On Debian: apt-get install python3 python3-venv" >&2
+    exit 2
+fi
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: $python is older than Python 3.11. Choose another one: make PYTHON=python3.12 …" >&2
     exit 2
 fi
-if [ ! -x "$venv/bin/python" ]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "== creating $venv"
-    "$python" -m venv "$venv" || {
-        echo "error: python3-venv is missing. On Debian: apt-get install python3-venv" >&2
+    "$python" -m venv --clear "$venv" || {
+        rm -rf "$venv"
+        echo "error: the environment cannot be made. On Debian: apt-get install python3-venv" >&2
         exit 2
     }
 fi

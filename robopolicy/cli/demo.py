@@ -39,17 +39,23 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     out: Path = args.out
-    if args.fresh and out.exists():
-        shutil.rmtree(out)
     dataset, training, results = out / "demonstrations.zarr", out / "training", out / "results"
+    recording, recorded = out / ".recording", out / ".recorded"
+    if args.fresh:
+        for folder in (dataset, training, results):
+            shutil.rmtree(folder, ignore_errors=True)
+        recorded.unlink(missing_ok=True)
     bundle = training / "bundles" / "last"
-    recorded = out / ".recorded"
-    if dataset.exists() and not recorded.exists():
-        shutil.rmtree(dataset)  # an interrupted recording
+    if recording.exists():
+        shutil.rmtree(dataset, ignore_errors=True)  # our own, interrupted
+    if not recorded.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        recording.touch()
     _step(
         "1/3 record demonstrations", recorded,
         [*f"record --task {TASK} --episodes {EPISODES} --seed 0 --noise {NOISE} --out".split(), str(dataset)],
     )  # fmt: skip
+    recording.unlink(missing_ok=True)
     train = ["task=" + TASK, "policy=diffusion_unet_small", "train=demo", f"data.path={dataset}", f"out={training}"]
     resume = ["--resume", str(training)] if (training / "checkpoints" / "last").exists() else train
     _step("2/3 train a diffusion policy", bundle / "bundle.yaml", ["train", *resume])

@@ -67,14 +67,14 @@ def run(args: argparse.Namespace) -> int:
     from robopolicy.training.distributed import join_processes
     from robopolicy.training.metrics import curve
 
-    path = Path(settings.bundle)
+    path = Path(settings.bundle).resolve()
     policy, manifest = load_bundle(path, join_processes(settings.device).device)
     policy.sampler = replace(policy.sampler, **{k: v for k, v in asdict(settings.sampler).items() if v is not None})
     policy.check_sampler(policy.sampler)  # before any episode
     environment = settings.environment or manifest["task"].get("environment")
     if not environment:
         raise UserError(f"{path} was trained for a task without an environment; name one with environment=…")
-    run_folder = path.parent.parent
+    run_folder = path.parent.parent if path.parent.name == "bundles" else path.parent
     out = Path(settings.out or run_folder / "eval" / f"{path.name}-{environment}-{settings.episodes}")
     result = evaluate(
         policy,

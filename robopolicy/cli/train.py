@@ -53,6 +53,8 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.multirun:
+        if args.resume is not None or args.print_config:
+            raise UserError("-m/--multirun goes neither with --resume nor with --print-config.")
         overrides = list(args.overrides)
         if not any(o.startswith("out=") for o in overrides):
             overrides.append(f"out='runs/${{task.name}}/sweep/{sweep_name(overrides)}'")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -39,7 +40,8 @@ class WindowLoader:
         episodes: boolean mask (E,) of the episodes to use; None means all.
         seed: seed of the order.
         shuffle: False walks through the windows in order, once (validation).
-        memory_budget: bytes that image data may take in memory; None means half of what is free now.
+        memory_budget: bytes that image data may take in memory; None means half of what is free now. The order of
+            streamed windows depends on it: give it to get the same order on another day.
         rank: index of this process; it gets the rank-th equal part of each global batch.
         world: number of processes.
 
@@ -81,7 +83,7 @@ class WindowLoader:
             self._open_images(store, memory_budget)
 
     def _open_images(self, store: EpisodeStore, memory_budget: int | None) -> None:
-        self._budget = budget = psutil.virtual_memory().available // 2 if memory_budget is None else memory_budget
+        self._budget = budget = free_memory_mb() * 2**20 if memory_budget is None else memory_budget
         needed = store.n_steps * sum(int(np.prod(k.shape)) for k in self.spec.images)
         if needed <= budget:
             log.info("images: %.0f MiB in memory", needed / 2**20)
@@ -90,16 +92,16 @@ class WindowLoader:
             log.info("images: %.0f MiB, streamed within %.0f MiB", needed / 2**20, budget / 2**20)
             self._stream = ImageStream(store, self.spec, self.windows, budget, self._seed, self._shuffle)
 
-    def subset(self, episodes: np.ndarray, batch_size: int) -> WindowLoader:
-        """The windows of other episodes of the same dataset, in order, for one process; shares this loader's memory.
+    def subset(self, episodes: np.ndarray, batch_size: int, limit: int) -> WindowLoader:
+        """The first ``limit`` windows of other episodes of the same dataset, in order, for one process.
 
-        Streamed images are streamed once more, within the same budget, while the batches are used.
+        Images in memory are shared with this loader; streamed ones are read again, in buffers no larger than needed.
         """
         other = copy.copy(self)
         other.batch_size, other._shuffle, other._part = batch_size, False, slice(None)
         other.windows = build_windows(
             self._store.episode_ends, self.spec.horizon, self.spec.pad_before, self.spec.pad_after, episodes
-        )
+        ).first(limit)
         if self._stream is not None:
             other._stream = ImageStream(self._store, self.spec, other.windows, self._budget, 0, shuffle=False)
         return other
@@ -146,6 +148,12 @@ class WindowLoader:
     def vectors(self, key: KeySpec) -> np.ndarray:
         """All steps (N, D) of a state or action key, e.g. to fit its normaliser."""
         return self._vectors[:, self._columns[key.key]].numpy()
+
+
+def free_memory_mb() -> int:
+    """Half of the memory that is free now, shared among the processes of this machine, in MiB."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(psutil.virtual_memory().available // 2 // 2**20 // processes)
 
 
 def dataset_key(store: EpisodeStore, key: KeySpec) -> KeySpec:

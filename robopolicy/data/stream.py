@@ -1,8 +1,9 @@
 """Streaming image windows from disk within a memory budget.
 
-The windows are cut into blocks, runs of neighbours in one episode, so that each frame is decoded about once an epoch.
+The windows are cut into blocks, runs of neighbours in one episode, so that a frame is decoded about once an epoch
+(twice where a stored chunk spans two blocks).
 Blocks in random order fill a pool; the windows of a pool are shuffled; while one pool is served, threads read the next.
-Two pools make up the budget. The order is a function of the seed alone.
+Two pools make up the budget. The order is a function of the seed and of the budget.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class ImageStream:
                 f"{2 * needed * frame_bytes / 2**20:.1f} MiB (two blocks of {needed} frames)."
             )
         self._blocks = self._cut_blocks()
+        everything = int(np.sum(self._blocks[:, 1] - self._blocks[:, 0] + spec.n_obs_steps - 1))
+        self._pool_frames = min(self._pool_frames, everything)
 
     def _cut_blocks(self) -> np.ndarray:
         """Ranges (K, 2) of neighbouring windows, none of which crosses an episode."""
@@ -137,7 +140,8 @@ class ImageStream:
         """Pools with their frames read; the next pool is read while the caller uses the current one."""
         spare = [self._buffers(), self._buffers()]
         plan = self._plan(skip)
-        with ThreadPoolExecutor(readers()) as threads:
+        threads = ThreadPoolExecutor(readers())
+        try:
             ahead = self._start(threads, plan, spare[0])
             turn = 0
             while ahead is not None:
@@ -147,6 +151,8 @@ class ImageStream:
                 turn += 1
                 ahead = self._start(threads, plan, spare[turn % 2])
                 yield pool, pool_skip, spare[(turn - 1) % 2]
+        finally:
+            threads.shutdown(cancel_futures=True)  # whoever stops early does not wait for the next pool
 
     def _buffers(self) -> dict[str, Tensor]:
         return {

@@ -33,6 +33,10 @@ class WindowTable:
     def __len__(self) -> int:
         return len(self.start)
 
+    def first(self, count: int) -> WindowTable:
+        """The first ``count`` windows."""
+        return WindowTable(self.start[:count], self.low[:count], self.high[:count], self.episode[:count])
+
     def steps(self, windows: np.ndarray, length: int) -> np.ndarray:
         """Steps of the first ``length`` entries of some windows, edges repeated.
 

@@ -37,7 +37,7 @@ def write_report(
     """Write the page; videos are read from the folder of ``path`` and become part of the file.
 
     Args:
-        training_curve: (step, metric) pairs of the training run.
+        training_curve: (step, loss) pairs of the training run.
         comparison: shown as a section of its own when given.
         title: heading; by default names the environment.
     """
@@ -78,7 +78,7 @@ def training_plot(curve: Sequence[tuple[float, float]]) -> Markup:
     def draw(axes: Axes) -> None:
         steps, values = zip(*curve, strict=True)
         axes.plot(steps, values, color=ACCENT, linewidth=2, marker="o" if len(steps) < 40 else "", markersize=4)
-        axes.set(xlabel="training step", ylabel="metric")
+        axes.set(xlabel="training step", ylabel="training loss")
 
     return _svg(draw, "Metric over training steps")
 

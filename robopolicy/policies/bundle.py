@@ -1,8 +1,8 @@
 """Policy bundles: a folder with everything that evaluation, steering, export and a robot need.
 
 ``bundle.yaml`` (format version, kind, architecture, spec, task, provenance, checksums), ``model.safetensors`` (averaged
-weights) and ``normalizer.safetensors``. Loading builds only architectures of the registry below and executes no code
-from the files.
+weights) and ``normalizer.safetensors``. Loading builds only architectures of `robopolicy.policies.registry` and
+executes no code from the files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from robopolicy.data.durable import sync_path
 from robopolicy.data.normalize import AffineNormalizer, Normalizer
 from robopolicy.errors import UserError
 from robopolicy.policies.base import Policy
@@ -67,11 +68,14 @@ def save_bundle(
         "files": {f"{name}.safetensors": _sha256(partial / f"{name}.safetensors") for name in split},
     }
     (partial / "bundle.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    for written in (*partial.iterdir(), partial):
+        sync_path(written)
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
+    sync_path(path.parent)
     shutil.rmtree(old, ignore_errors=True)
     return path
 

@@ -58,6 +58,8 @@ class DiffusionUnet(Policy):
 
     def __init__(self, config: DiffusionUnetConfig, spec: PolicySpec, normalizer: Normalizer) -> None:
         super().__init__(spec, normalizer)
+        if not config.down_dims:
+            raise UserError("down_dims is empty; the U-Net needs at least one level, e.g. [256,512,1024].")
         halvings = len(config.down_dims) - 1
         if spec.horizon % 2**halvings:
             raise UserError(
@@ -65,6 +67,13 @@ class DiffusionUnet(Policy):
             )
         if config.n_groups < 1 or any(dim % config.n_groups for dim in config.down_dims):
             raise UserError(f"down_dims={config.down_dims} must be multiples of n_groups={config.n_groups}.")
+        if config.kernel_size < 1 or config.kernel_size % 2 == 0:
+            raise UserError(f"kernel_size={config.kernel_size} must be odd.")
+        if config.step_embed_dim < 4 or config.step_embed_dim % 2:
+            raise UserError(f"step_embed_dim={config.step_embed_dim} must be even and at least 4.")
+        if config.images.shared and len({key.shape for key in spec.images}) > 1:
+            sizes = {key.key: key.shape for key in spec.images}
+            raise UserError(f"images.shared=true needs cameras of one size, found {sizes}.")
         self.config = config
         self.process = DdpmProcess(config.process)
         self.sampler = config.sampler

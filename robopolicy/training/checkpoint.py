@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -80,12 +81,12 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMAModel, optimizer: Op
         raise UserError(f"The checkpoint {source} cannot be read ({error}).") from error
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"The checkpoint {source} is of another architecture: {error}") from error
-    for (name, _), shadow in zip(model.named_parameters(), ema.shadow_params, strict=True):
-        shadow.copy_(averaged[name])
-    ema.optimization_step = state["ema_step"]
-    _restore_moments(optimizer, moments)
+        for (name, _), shadow in zip(model.named_parameters(), ema.shadow_params, strict=True):
+            shadow.copy_(averaged[name])
+        ema.optimization_step = state["ema_step"]
+        _restore_moments(optimizer, moments)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"The checkpoint {source} is damaged or of another architecture: {error}") from error
     return state
 
 
@@ -114,6 +115,10 @@ def _restore_moments(optimizer: Optimizer, moments: dict[str, Tensor]) -> None:
         index, _, field = name.partition(".")
         entries.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:  # fused kernels want the parameter's memory layout (channels last)
+                state[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -80,7 +80,8 @@ class TrainConfig:
         accumulate: micro-batches that one update is split into, to save memory.
         seed: seed of weights, order and noise.
         precision: fp32, or bf16 autocast.
-        compile: compile the loss with torch.compile (needs a C++ compiler on CPUs).
+        compile: compile the loss with torch.compile (needs a C++ compiler; slower than eager on the CPUs
+            that we tried).
         device: auto, cpu, cuda, cuda:1 …
         threads: CPU threads of this process; None leaves torch's default.
         log_every: steps between rows of metrics.jsonl.
@@ -95,8 +96,8 @@ class TrainConfig:
         ema: averaged weights; they are what is validated, evaluated and deployed.
     """
 
-    steps: int = 100_000
-    batch_size: int = 128
+    steps: int = 200_000
+    batch_size: int = 64
     accumulate: int = 1
     seed: int = 42
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -104,10 +105,10 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     log_every: int = 50
-    validate_every: int = 1000
+    validate_every: int = 2000
     validation_windows: int = 512
     evaluate_every: int = 0
-    checkpoint_every: int = 1000
+    checkpoint_every: int = 2000
     keep_best: int = 3
     tensorboard: bool = True
     wandb: bool = False

@@ -128,10 +128,19 @@ def prepare_data(task: TaskConfig, data: DataConfig, train: TrainConfig, process
     )
     held_out = None
     if validation.any() and processes.main:
-        held_out = loader.subset(validation, batch_size=min(train.batch_size, train.validation_windows))
+        held_out = _held_out(loader, validation, train)
     log.info("%d training episodes, %d windows; %d held out", training.sum(), len(loader.windows), validation.sum())
     steps = _steps_of(training, store.episode_ends)
     return TrainingData(spec, loader, held_out, _fit(loader, spec, data, steps), store.fingerprint())
+
+
+def _held_out(loader: WindowLoader, validation: np.ndarray, train: TrainConfig) -> WindowLoader | None:
+    limit = train.validation_windows
+    try:
+        return loader.subset(validation, min(train.batch_size, limit), limit)
+    except UserError as error:
+        log.warning("no validation: the held-out episodes are too short. %s", error)
+        return None
 
 
 def _fit(loader: WindowLoader, spec: PolicySpec, data: DataConfig, steps: np.ndarray) -> Normalizer:

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from robopolicy import __version__
-from robopolicy.data.loader import WindowLoader
+from robopolicy.data.loader import WindowLoader, free_memory_mb
+from robopolicy.errors import UserError
 from robopolicy.policies.base import Policy
 from robopolicy.policies.bundle import save_bundle
 from robopolicy.policies.registry import build_policy
@@ -65,6 +66,11 @@ class Run:
         self.config, self.plain, self.processes = config, plain, processes
         self.out = Path(config.out)
         train = config.train
+        if train.batch_size % (processes.world * train.accumulate):
+            raise UserError(
+                f"train.batch_size={train.batch_size} must be a multiple of {processes.world} processes x "
+                f"train.accumulate={train.accumulate}."
+            )
         torch.manual_seed(train.seed)
         self.data: TrainingData = prepare_data(config.task, config.data, train, processes)
         self.policy = build_policy(
@@ -118,9 +124,37 @@ class Run:
         return self.averaged
 
     def save(self, best: BestBundles) -> None:
-        save_checkpoint(
-            self.out / "checkpoints", self.step, self.policy, self.ema, self.optimizer, {"best": best.state()}
-        )
+        extra = {"best": best.state(), "order": self.order()}
+        save_checkpoint(self.out / "checkpoints", self.step, self.policy, self.ema, self.optimizer, extra)
+
+    def order(self) -> dict[str, Any]:
+        """What decides which windows the n-th batch holds, and how they are normalised."""
+        data, train = self.plain["data"], self.config.train
+        return {
+            "dataset": self.data.fingerprint,
+            "train.batch_size": train.batch_size,
+            "train.seed": train.seed,
+            **{f"data.{name}": value for name, value in data.items() if name != "path"},
+        }
+
+    def resume(self, best: BestBundles) -> None:
+        """Continue from the last checkpoint.
+
+        Raises:
+            UserError: the checkpoint does not fit, or the data would come in another order than before.
+        """
+        folder = self.out / "checkpoints"
+        state = load_checkpoint(folder, self.policy, self.ema, self.optimizer)
+        for name, now in self.order().items():
+            if (before := state["order"].get(name)) != now:
+                raise UserError(
+                    f"{self.out} cannot be resumed: {name} was {before!r} and is {now!r} now. Restore it, or start a "
+                    "new run with out=…"
+                )
+        self.averaged.load_state_dict(self.policy.state_dict())
+        self.step = state["step"]
+        best.restore(state["best"])
+        log.info("resumed at step %d", self.step)
 
     def provenance(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         return {
@@ -154,27 +188,31 @@ def train(config: RunConfig, plain: Mapping[str, Any], evaluate: Evaluate | None
     processes = join_processes(config.train.device)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
+    budget = config.data.memory_budget_mb or processes.share(free_memory_mb())
+    config = replace(config, data=replace(config.data, memory_budget_mb=budget))
+    # kept in the run's folder: the order of streamed windows depends on it
+    plain = {**plain, "data": {**plain["data"], "memory_budget_mb": budget}}
     run = Run(config, plain, processes)
     best = BestBundles(run.out / "bundles", config.train.keep_best)
+    bundle = run.out / "bundles" / "last"
     if resume and has_checkpoint(run.out / "checkpoints"):
-        state = load_checkpoint(run.out / "checkpoints", run.policy, run.ema, run.optimizer)
-        run.step = state["step"]
-        best.restore(state["best"])
-        log.info("resumed at step %d", run.step)
+        run.resume(best)
+        if run.step >= config.train.steps and bundle.exists():
+            log.info("the run is complete; train.steps=… above %d goes on", run.step)
+            return bundle
     if processes.main:
-        write_whole(run.out / "config.json", json.dumps(plain, indent=2))
+        write_whole(run.out / "config.json", json.dumps(run.plain, indent=2))
     log.info("%s: %.2f M parameters", config.policy["name"], sum(p.numel() for p in run.policy.parameters()) / 1e6)
     metrics: dict[str, float] = {}
-    main_log = MetricsLog(run.out, config.train, run.step, plain) if processes.main else None
+    main_log = MetricsLog(run.out, config.train, run.step, run.plain) if processes.main else None
     with main_log or nullcontext():
         for step, values in _steps(run, best, evaluate):
             metrics |= values
             if main_log is not None:
                 main_log.write(step, values)
-    bundle = run.out / "bundles" / "last"
     if processes.main:
         run.save_bundle(bundle, metrics)
-    processes.barrier()
+    processes.leave()
     return bundle
 
 
@@ -190,7 +228,8 @@ def _steps(run: Run, best: BestBundles, evaluate: Evaluate | None) -> Any:
             if run.step >= train.steps:
                 break
             if run.step == 0 and main:
-                draw_first_batch(run.policy, batch, run.draws(0), run.out / "first_batch.png")
+                seen_by = copy.deepcopy(run.policy).cpu()  # batch and draws lie on the CPU
+                draw_first_batch(seen_by, batch, run.draws(0), run.out / "first_batch.png")
             loss, norm = run.update(batch)
             bar.update()
             values: dict[str, float] = {}
@@ -263,7 +302,12 @@ def _to(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]
 
 
 def _commit() -> str:
-    """Commit of the source tree that trains, when it is one."""
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    """Commit of the source tree that trains; empty for an installed package, or without git."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

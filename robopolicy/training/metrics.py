@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from robopolicy.errors import require_extra
+from robopolicy.training.checkpoint import write_whole
 from robopolicy.training.config import TrainConfig
 
 
@@ -25,17 +27,20 @@ class MetricsLog:
     def __init__(self, folder: Path, config: TrainConfig, resume_step: int, run_config: Mapping[str, Any]) -> None:
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
         self._board: Any = None
         self._wandb: Any = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
         if config.wandb:
             wandb = require_extra("wandb", "wandb")
-            self._wandb = wandb.init(project="robopolicy", dir=str(folder), config=dict(run_config), resume="allow")
+            identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on there
+            self._wandb = wandb.init(
+                project="robopolicy", dir=str(folder), config=dict(run_config), id=identity, resume="allow"
+            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

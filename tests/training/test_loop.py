@@ -1,5 +1,6 @@
 """The loop end to end on a small dataset: what it writes, that it learns, and that it resumes bit for bit."""
 
+import itertools
 import os
 import re
 import signal
@@ -12,9 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from robopolicy.cli.compose import compose_config
 from robopolicy.cli.train import start
+from robopolicy.configuration import dataclass_from
+from robopolicy.data.schema import ArraySpec
+from robopolicy.data.store import EpisodeStore
 from robopolicy.errors import UserError
 from robopolicy.policies.bundle import load_bundle
+from robopolicy.training.best import BestBundles
+from robopolicy.training.config import TrainConfig
+from robopolicy.training.distributed import join_processes
+from robopolicy.training.loop import Run, RunConfig, train
 from tests.training.conftest import rows
 
 
@@ -91,6 +100,55 @@ def test_killed_and_resumed_run_is_bit_identical(overrides, plain, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_an_image_policy_resumes_bit_for_bit(plain, tmp_path):
+    """Its convolutions lie in memory channels last, its checkpoints do not."""
+    images = tmp_path / "images.zarr"
+    arrays = [ArraySpec("camera", (32, 32, 3), "uint8", "image"), ArraySpec("action", (2,), "float32", "action")]
+    rng = np.random.default_rng(0)
+    with EpisodeStore.create(images, arrays, fps=10) as store:
+        for _ in range(2):
+            frames = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+            store.append({"camera": frames, "action": rng.normal(size=(12, 2)).astype(np.float32)})
+    changes = {
+        "data.path": images,
+        "task.observations": "[{key: observation.image.top, source: camera}]",
+        "data.val_ratio": 0,
+        "train.batch_size": 4,
+        "train.checkpoint_every": 2,
+    }
+    start(plain(**changes, **{"train.steps": 4, "out": tmp_path / "whole"}), resume=False)
+    half = plain(**changes, **{"train.steps": 4})
+    config = dataclass_from(RunConfig, {k: half[k] for k in ("out", "task", "data", "policy", "train")}, "")
+    stopped = Run(config, half, join_processes("cpu"))
+    for batch in itertools.islice(stopped.data.training.batches(), 2):
+        stopped.update(batch)
+    stopped.save(BestBundles(stopped.out / "bundles", 0))
+    start(half, resume=True)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def test_a_run_is_not_resumed_on_other_data(plain, tmp_path):
+    start(plain(), resume=False)
+    with pytest.raises(UserError, match="train.batch_size was 16 and is 8 now"):
+        start(plain(**{"train.batch_size": 8, "train.steps": 20}), resume=True)
+    with pytest.raises(UserError, match="data.normalization was"):
+        start(plain(**{"data.normalization.state": "gaussian", "train.steps": 20}), resume=True)
+
+
+def test_resuming_a_complete_run_changes_nothing(plain, tmp_path):
+    start(plain(), resume=False)
+    before = (tmp_path / "run" / "bundles" / "last" / "bundle.yaml").read_text()
+    assert "val/loss" in before
+    start(plain(), resume=True)
+    assert (tmp_path / "run" / "bundles" / "last" / "bundle.yaml").read_text() == before
+
+
+def test_configuration_files_and_dataclasses_have_the_same_defaults(plain):
+    shipped = compose_config("train", ["data.path=x"])["train"]
+    assert dataclass_from(TrainConfig, shipped, "train") == TrainConfig()
+
+
 def test_accumulation_changes_nothing_but_memory(plain, tmp_path):
     start(plain(), resume=False)
     start(plain(**{"train.accumulate": 4, "out": tmp_path / "split"}), resume=False)
@@ -119,9 +177,6 @@ def test_bf16_runs_close_to_fp32(plain, tmp_path):
 
 
 def test_the_best_bundles_are_kept_by_score(plain):
-    from robopolicy.configuration import dataclass_from
-    from robopolicy.training.loop import RunConfig, train
-
     values = plain(**{"train.evaluate_every": 4, "train.keep_best": 2})
     config = dataclass_from(RunConfig, {k: values[k] for k in ("out", "task", "data", "policy", "train")}, "config")
     scores = {4: 0.2, 8: 0.9, 12: 0.5, 16: 0.1}
