@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+from robopolicy.errors import UserError
+
 
 class SpatialSoftmax(nn.Module):
     """Expected image coordinates of learned keypoints (Finn et al. 2016).
@@ -42,6 +44,9 @@ class ResNetKeypointEncoder(nn.Module):
         width: columns of the (cropped) image.
         keypoints: keypoints of the spatial softmax.
         feature_dim: length of the features.
+
+    Raises:
+        UserError: the image is too small for keypoints.
     """
 
     def __init__(self, height: int, width: int, keypoints: int = 32, feature_dim: int = 64) -> None:
@@ -51,6 +56,11 @@ class ResNetKeypointEncoder(nn.Module):
         self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
             _, channels, rows, cols = self.trunk(torch.zeros(1, 3, height, width)).shape
+        if rows < 2 or cols < 2:
+            raise UserError(
+                f"Images of {height}x{width} (after the crop) leave a feature map of {rows}x{cols}, on which keypoints "
+                "have no place. Use images of at least 33 pixels on each side."
+            )
         self.pool = SpatialSoftmax(channels, keypoints, rows, cols)
         self.project = nn.Sequential(nn.Linear(2 * keypoints, feature_dim), nn.ReLU(inplace=True))
 

@@ -129,12 +129,16 @@ class Run:
 
     def order(self) -> dict[str, Any]:
         """What decides which windows the n-th batch holds, and how they are normalised."""
-        data, train = self.plain["data"], self.config.train
+        train = self.config.train
+        data = dict(self.plain["data"])
+        del data["path"]
+        if not self.data.training.streaming:
+            data["memory_budget_mb"] = None
         return {
             "dataset": self.data.fingerprint,
             "train.batch_size": train.batch_size,
             "train.seed": train.seed,
-            **{f"data.{name}": value for name, value in data.items() if name != "path"},
+            **{f"data.{name}": value for name, value in data.items()},
         }
 
     def resume(self, best: BestBundles) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from robopolicy.data.augment import AugmentConfig
+from robopolicy.errors import UserError
 from robopolicy.nets.images import ResNetKeypointEncoder, SpatialSoftmax
 from robopolicy.nets.observation import ImageEncoderConfig, ObservationEncoder, angle_features
 from robopolicy.spec import KeySpec, PolicySpec
@@ -33,10 +34,15 @@ def test_spatial_softmax_finds_a_peak(row, col):
 
 
 def test_no_batch_statistics():
-    net = ResNetKeypointEncoder(32, 32)
+    net = ResNetKeypointEncoder(40, 40)
     assert not [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    images = torch.rand(3, 32, 32, 3)
+    images = torch.rand(3, 40, 40, 3)
     torch.testing.assert_close(net(images)[1:2], net(images[1:2]), rtol=1e-3, atol=1e-4)
+
+
+def test_images_without_room_for_keypoints_are_refused():
+    with pytest.raises(UserError, match="feature map of 1x2"):
+        ResNetKeypointEncoder(32, 64)
 
 
 @pytest.mark.parametrize("shared", [False, True])

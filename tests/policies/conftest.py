@@ -17,7 +17,7 @@ def make_policy():
         torch.manual_seed(0)
         observations = [KeySpec("observation.state", (2,), unit="m")]
         if images:
-            observations.append(KeySpec("observation.image.top", (32, 32, 3), role="image"))
+            observations.append(KeySpec("observation.image.top", (48, 48, 3), role="image"))
         spec = PolicySpec(tuple(observations), KeySpec("action", (2,), role="action", unit="m"), 10, 2, 8, 4)
         data = np.array([[low, low], [high, high]])
         normalizer = Normalizer.from_parts(

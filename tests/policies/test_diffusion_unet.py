@@ -42,8 +42,8 @@ def test_finds_both_modes_of_a_fork_and_never_the_mean(make_policy):
     policy = make_policy(process={"prediction": "sample"})
     side = torch.tensor([-0.8, 0.8]).repeat(64)
     action = torch.stack([side, side], dim=1)[:, None].repeat(1, 8, 1)
-    fit(policy, {"observation.state": torch.zeros(128, 2, 2), "action": action}, 120)
-    chunk = policy.eval().act(observe(np.zeros((200, 2))), generators(200))[:, 0, 0]
+    fit(policy, {"observation.state": torch.zeros(128, 2, 2), "action": action}, 220)
+    chunk = policy.eval().act(observe(np.zeros((400, 2))), generators(400))[:, 0, 0]
     assert 0.4 < (chunk > 0).mean() < 0.6
     assert (np.abs(chunk) > 0.4).mean() > 0.97
 
@@ -72,11 +72,14 @@ def test_executed_actions_start_at_the_newest_observation(make_policy):
 
 
 def test_overfits_one_batch_of_images(make_policy):
+    """The action is where a white square lies in the picture."""
     policy = make_policy(images=True, augmentation={"crop": 1.0}, process={"prediction": "sample"})
-    rng = torch.Generator().manual_seed(0)
+    images = torch.zeros(8, 2, 48, 48, 3, dtype=torch.uint8)
+    for i in range(8):
+        images[i, :, 18:30, 5 * i : 5 * i + 12] = 255
     batch = {
         "observation.state": torch.zeros(8, 2, 2),
-        "observation.image.top": torch.randint(0, 256, (8, 2, 32, 32, 3), dtype=torch.uint8, generator=rng),
+        "observation.image.top": images,
         "action": torch.linspace(-1, 1, 8)[:, None, None].repeat(1, 8, 2),
     }
     fit(policy, batch, 80, lr=1e-3)

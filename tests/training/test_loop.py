@@ -103,11 +103,11 @@ def test_killed_and_resumed_run_is_bit_identical(overrides, plain, tmp_path):
 def test_an_image_policy_resumes_bit_for_bit(plain, tmp_path):
     """Its convolutions lie in memory channels last, its checkpoints do not."""
     images = tmp_path / "images.zarr"
-    arrays = [ArraySpec("camera", (32, 32, 3), "uint8", "image"), ArraySpec("action", (2,), "float32", "action")]
+    arrays = [ArraySpec("camera", (40, 40, 3), "uint8", "image"), ArraySpec("action", (2,), "float32", "action")]
     rng = np.random.default_rng(0)
     with EpisodeStore.create(images, arrays, fps=10) as store:
         for _ in range(2):
-            frames = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+            frames = rng.integers(0, 256, (12, 40, 40, 3), dtype=np.uint8)
             store.append({"camera": frames, "action": rng.normal(size=(12, 2)).astype(np.float32)})
     changes = {
         "data.path": images,
