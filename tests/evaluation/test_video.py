@@ -64,7 +64,7 @@ def test_a_replay_shows_the_episode_that_was_played(pusher, caplog):
     (played,) = rollout(pusher, replace(PUSHT, max_steps=25), [100_001], progress=False)
     with caplog.at_level(logging.WARNING):
         frames = list(replay(PUSHT, pusher.spec, played))
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert len(frames) == 26 and not np.array_equal(frames[0], frames[-1])
 
 
