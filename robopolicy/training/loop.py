@@ -7,7 +7,7 @@ import json
 import logging
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from robopolicy import __version__
 from robopolicy.data.loader import WindowLoader, free_memory_mb
@@ -220,14 +221,14 @@ def train(config: RunConfig, plain: Mapping[str, Any], evaluate: Evaluate | None
     return bundle
 
 
-def _steps(run: Run, best: BestBundles, evaluate: Evaluate | None) -> Any:
+def _steps(run: Run, best: BestBundles, evaluate: Evaluate | None) -> Iterator[tuple[int, dict[str, float]]]:
     """Run all remaining updates; yields (step, metrics) whenever there is something to log."""
     train, main = run.config.train, run.processes.main
     batches = run.data.training.batches(start=run.step)
     first = run.step
     bar = tqdm(total=train.steps, initial=first, desc="training", unit="step", disable=not main, smoothing=0.05)
     began, counted = time.perf_counter(), first
-    with bar:
+    with bar, logging_redirect_tqdm():
         for batch in batches:
             if run.step >= train.steps:
                 break
