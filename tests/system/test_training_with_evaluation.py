@@ -7,7 +7,7 @@ import pytest
 from robopolicy.cli.main import main
 from robopolicy.policies.bundle import read_manifest
 
-pytest.importorskip("mujoco", reason="needs the simulator: pip install 'robopolicy[sim]'")
+pytest.importorskip("robopolicy_sim", reason="needs the simulator: pip install 'robopolicy[sim]'")
 
 
 def test_evaluations_during_training_rank_the_bundles(tmp_path):
