@@ -4,7 +4,6 @@ VENV := .venv
 RUN := $(VENV)/bin
 DEMO := runs/demo
 export MUJOCO_GL ?= egl
-export HYDRA_FULL_ERROR ?= 0
 
 .PHONY: demo test lint setup setup-dev graphics clean
 

@@ -40,19 +40,18 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     out: Path = args.out
     dataset, training, results = out / "demonstrations.zarr", out / "training", out / "results"
-    recording, recorded = out / ".recording", out / ".recorded"
+    recording = out / ".recording"  # there while the dataset is ours and incomplete
     if args.fresh:
         for folder in (dataset, training, results):
             shutil.rmtree(folder, ignore_errors=True)
-        recorded.unlink(missing_ok=True)
     bundle = training / "bundles" / "last"
     if recording.exists():
-        shutil.rmtree(dataset, ignore_errors=True)  # our own, interrupted
-    if not recorded.exists():
+        shutil.rmtree(dataset, ignore_errors=True)
+    if not dataset.exists():
         out.mkdir(parents=True, exist_ok=True)
         recording.touch()
     _step(
-        "1/3 record demonstrations", recorded,
+        "1/3 record demonstrations", dataset,
         [*f"record --task {TASK} --episodes {EPISODES} --seed 0 --noise {NOISE} --out".split(), str(dataset)],
     )  # fmt: skip
     recording.unlink(missing_ok=True)
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _step(title: str, result: Path, command: list[str]) -> None:
-    """Run one verb, unless the file that marks its success is there."""
+    """Run one verb, unless its result is there."""
     from robopolicy.cli.main import run_verb
 
     print(f"\n== {title}\n$ robopolicy {shlex.join(command)}", flush=True)
@@ -76,5 +75,3 @@ def _step(title: str, result: Path, command: list[str]) -> None:
         print(f"already done ({result} is there)", flush=True)
         return
     run_verb(command)
-    if not result.exists():
-        result.touch()

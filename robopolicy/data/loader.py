@@ -110,10 +110,6 @@ class WindowLoader:
     def streaming(self) -> bool:
         return self._stream is not None
 
-    @property
-    def batches_per_epoch(self) -> int:
-        return -(-len(self.windows) // self.batch_size)
-
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield batches from the ``start``-th on; endless when shuffling, one pass otherwise.
 

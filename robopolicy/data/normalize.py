@@ -7,7 +7,7 @@ and keeps its scale, so that noise at run time is not blown up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from robopolicy.errors import UserError, did_you_mean
 
 Mode = Literal["minmax", "gaussian", "quantile", "identity"]
-MODES = ("minmax", "gaussian", "quantile", "identity")
+MODES: tuple[Mode, ...] = get_args(Mode)
 CONSTANT_RANGE = 1e-4
 """A dimension whose range (or deviation) is below this counts as constant (Diffusion Policy's ``range_eps``)."""
 

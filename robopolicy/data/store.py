@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -336,9 +336,6 @@ class EpisodeStore:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[..., EpisodeStore], tuple[Any, ...]]:
-        return _reopen, (self.path, self._schema)
-
     def __repr__(self) -> str:
         return f"EpisodeStore({str(self.path)!r}, episodes={self.n_episodes}, steps={self.n_steps})"
 
@@ -378,11 +375,6 @@ def write_attributes(
     """
     values = {**schema.to_attributes(), "tasks": list(tasks), FILES_KEY: every_file_stored}
     root.attrs[ATTRIBUTES_KEY] = values
-
-
-def _reopen(path: Path, schema: DatasetSchema) -> EpisodeStore:
-    container = open_container(path)
-    return EpisodeStore(container, schema, read_ends(container))
 
 
 def _attributes(container: Container) -> Mapping[str, Any]:

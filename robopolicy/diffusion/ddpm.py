@@ -74,7 +74,9 @@ class DdpmProcess:
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """``sqrt(abar_t)`` and ``sqrt(1 - abar_t)`` for t (B,), each (B, 1, 1)."""
-        abar = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1)
+        if self.alphas_cumprod.device != t.device:
+            self.alphas_cumprod = self.alphas_cumprod.to(t.device)  # once, not at every denoising step
+        abar = self.alphas_cumprod[t].view(-1, 1, 1)
         return abar.sqrt(), (1 - abar).sqrt()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -171,14 +170,6 @@ def test_a_reader_cannot_append_and_survives_a_writer(tmp_path: Path) -> None:
         with EpisodeStore.open(tmp_path / "d.zarr", "a") as writer:
             writer.append(smooth_episode(5, 4))
         assert_same(reader, episodes)
-
-
-def test_a_store_can_be_sent_to_a_worker_process(tmp_path: Path) -> None:
-    episodes = write_dataset(tmp_path / "d.zarr")
-    with EpisodeStore.open(tmp_path / "d.zarr", overrides={"action": {"unit": "m"}}) as store:
-        copy = pickle.loads(pickle.dumps(store))
-    assert_same(copy, episodes)
-    assert copy.schema.arrays["action"].unit == "m"
 
 
 def test_fingerprint_changes_with_data_order_labels_and_schema(tmp_path: Path) -> None:
