@@ -6,24 +6,38 @@ Importing this package registers the environments; nothing else is needed before
 
 from __future__ import annotations
 
+from typing import Any
+
 from gymnasium.envs.registration import register, registry
 
 from robopolicy_sim.gl import select_gl_backend
 
 NAMESPACE = "robopolicy_sim"
 
+ALL_ARMS = {"panda": "", "ur5e": "Ur5e", "so101": "So101"}  # what an arm adds to a task's name
+# Entry point, limit of control steps, arms.
+ARM_TASKS: dict[str, tuple[str, int, dict[str, str]]] = {
+    "Lift": ("lift:LiftEnv", 200, ALL_ARMS),
+}
+
 
 def register_envs() -> None:
     """Register every task under the namespace ``robopolicy_sim``; calling it again changes nothing."""
-    tasks = {"PushPuck-v0": ("push_puck:PushPuckEnv", 150)}
-    for name, (entry_point, max_episode_steps) in tasks.items():
-        env_id = f"{NAMESPACE}/{name}"
-        if env_id not in registry:
-            register(
-                id=env_id,
-                entry_point=f"robopolicy_sim.envs.{entry_point}",
-                max_episode_steps=max_episode_steps,
-            )
+    _register("PushPuck", "push_puck:PushPuckEnv", 150)
+    for task, (entry_point, max_episode_steps, arms) in ARM_TASKS.items():
+        for arm, suffix in arms.items():
+            _register(f"{task}{suffix}", entry_point, max_episode_steps, arm=arm)
+
+
+def _register(name: str, entry_point: str, max_episode_steps: int, **arguments: Any) -> None:
+    env_id = f"{NAMESPACE}/{name}-v0"
+    if env_id not in registry:
+        register(
+            id=env_id,
+            entry_point=f"robopolicy_sim.envs.{entry_point}",
+            max_episode_steps=max_episode_steps,
+            kwargs=arguments,
+        )
 
 
 select_gl_backend()

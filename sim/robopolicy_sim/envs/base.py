@@ -17,7 +17,6 @@ from robopolicy_sim.rendering import CameraRenderer, RenderQuality, find_quality
 Observation = dict[str, np.ndarray]
 
 SCENES = Path(__file__).resolve().parent.parent / "scenes"
-CONTROL_HZ = 10
 
 
 class Expert(Protocol):
@@ -28,11 +27,11 @@ class Expert(Protocol):
 
 
 class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
-    """A task in a MuJoCo scene, controlled at 10 Hz.
+    """A task in a MuJoCo scene, controlled at a fixed rate.
 
-    Observations: ``observation.state`` float32 and, for each camera asked for, ``observation.image.<camera>``
+    Observations: float32 vectors by key (``observation.state`` always) and, for each camera asked for, ``observation.image.<camera>``
     (image_size, image_size, 3) uint8 RGB. The reward is the progress in [0, 1], 1 on success; success ends the
-    episode. ``info`` holds ``success`` (bool) and ``progress`` (float).
+    episode. ``info`` holds ``success`` (bool), ``progress`` (float) and ``stages`` (bool by name).
 
     Args:
         cameras: cameras of the scene to observe.
@@ -44,10 +43,10 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
     Without cameras and render mode no OpenGL is touched.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": CONTROL_HZ}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"]}
     scene: str
+    control_hz: float
     instruction: str
-    state_names: tuple[str, ...]
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
     ) -> None:
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r} is not supported; use None or 'rgb_array'.")
-        self.model = mujoco.MjModel.from_xml_path(str(SCENES / self.scene))
+        self.model = self._load_model()
         self.data = mujoco.MjData(self.model)
         self.render_mode = render_mode
         self._cameras = self._checked_cameras(cameras)
@@ -68,9 +67,13 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
         self._render_size = render_size
         self._quality = find_quality(render_quality)
         self._renderer: CameraRenderer | None = None
-        self._substeps = round(1 / (CONTROL_HZ * self.model.opt.timestep))
+        self._substeps = round(1 / (self.control_hz * self.model.opt.timestep))
+        self.metadata = self.metadata | {"render_fps": self.control_hz}
         self.action_space: spaces.Box = self._build_action_space()
         self.observation_space: spaces.Dict = self._build_observation_space()  # type: ignore[assignment]
+
+    def _load_model(self) -> mujoco.MjModel:
+        return mujoco.MjModel.from_xml_path(str(SCENES / self.scene))
 
     @abstractmethod
     def make_expert(self, seed: int) -> Expert:
@@ -88,8 +91,8 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
         """Turn an action into actuator set points for one control period, (substeps, n_actuators)."""
 
     @abstractmethod
-    def _state(self) -> np.ndarray:
-        """Return the state vector, as ``state_names`` lists it."""
+    def _vectors(self) -> Observation:
+        """Return the observed vectors by key, as ``metadata["names"]`` lists their entries."""
 
     @abstractmethod
     def _track(self) -> None:
@@ -97,6 +100,10 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
 
     @abstractmethod
     def _succeeded(self) -> bool: ...
+
+    def _stages(self) -> dict[str, bool]:
+        """Return which stages of the task have been reached in this episode."""
+        return {}
 
     @abstractmethod
     def _progress(self) -> float:
@@ -133,14 +140,14 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
             self._renderer = None
 
     def _observation(self) -> Observation:
-        observation = {"observation.state": self._state().astype(np.float32)}
+        observation = {key: vector.astype(np.float32) for key, vector in self._vectors().items()}
         for camera in self._cameras:
             observation[f"observation.image.{camera}"] = self._image(camera, self._image_size)
         return observation
 
     def _info(self) -> dict[str, Any]:
         success = self._succeeded()
-        return {"success": success, "progress": 1.0 if success else self._progress()}
+        return {"success": success, "progress": 1.0 if success else self._progress(), "stages": self._stages()}
 
     def _image(self, camera: str, size: tuple[int, int]) -> np.ndarray:
         if self._renderer is None:
@@ -152,8 +159,12 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
             f"observation.image.{camera}": spaces.Box(0, 255, (*self._image_size, 3), np.uint8)
             for camera in self._cameras
         }
-        state = spaces.Box(-np.inf, np.inf, (len(self.state_names),), np.float32)
-        return spaces.Dict({"observation.state": state, **images})
+        vectors = {
+            key: spaces.Box(-np.inf, np.inf, (len(names),), np.float32)
+            for key, names in self.metadata["names"].items()
+            if key != "action"
+        }
+        return spaces.Dict({**vectors, **images})
 
     def _checked_cameras(self, cameras: Sequence[str]) -> tuple[str, ...]:
         known = [self.model.camera(i).name for i in range(self.model.ncam)]

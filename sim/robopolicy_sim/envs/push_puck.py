@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from robopolicy_sim.envs.base import CONTROL_HZ, MujocoTaskEnv
+from robopolicy_sim.envs.base import MujocoTaskEnv
 from robopolicy_sim.experts.push_puck import PushPuckExpert, PushPuckGeometry
 
 
@@ -43,11 +43,14 @@ class PushPuckEnv(MujocoTaskEnv):
     """
 
     scene = "push_puck.xml"
+    control_hz = 10
     instruction = "push the puck into the ring"
-    state_names = ("pusher_x", "pusher_y", "puck_x", "puck_y", "goal_x", "goal_y")
     metadata = MujocoTaskEnv.metadata | {
         "units": {"observation.state": "m", "action": "m"},
-        "names": {"observation.state": state_names, "action": ("pusher_x", "pusher_y")},
+        "names": {
+            "observation.state": ("pusher_x", "pusher_y", "puck_x", "puck_y", "goal_x", "goal_y"),
+            "action": ("pusher_x", "pusher_y"),
+        },
     }
 
     def __init__(self, *, config: PushPuckConfig | None = None, **rendering: Any) -> None:
@@ -104,14 +107,14 @@ class PushPuckEnv(MujocoTaskEnv):
     def _setpoints(self, action: np.ndarray) -> np.ndarray:
         low, high = self.model.actuator_ctrlrange.T
         travel = np.clip(action, low, high) - self._setpoint
-        travel *= min(1.0, self.config.max_speed / CONTROL_HZ / max(float(np.linalg.norm(travel)), 1e-9))
+        travel *= min(1.0, self.config.max_speed / self.control_hz / max(float(np.linalg.norm(travel)), 1e-9))
         ramp = np.arange(1, self._substeps + 1)[:, None] / self._substeps
         setpoints = self._setpoint + ramp * travel
         self._setpoint = setpoints[-1]
         return setpoints
 
-    def _state(self) -> np.ndarray:
-        return np.concatenate([self._pusher, self._puck, self._goal])
+    def _vectors(self) -> dict[str, np.ndarray]:
+        return {"observation.state": np.concatenate([self._pusher, self._puck, self._goal])}
 
     def _distance(self) -> float:
         return float(np.linalg.norm(self._goal - self._puck))
