@@ -17,7 +17,11 @@ NAMESPACE = "robopolicy_sim"
 ALL_ARMS = {"panda": "", "ur5e": "Ur5e", "so101": "So101"}  # what an arm adds to a task's name
 # Entry point, limit of control steps, arms.
 ARM_TASKS: dict[str, tuple[str, int, dict[str, str]]] = {
+    "Reach": ("reach:ReachEnv", 150, ALL_ARMS),
     "Lift": ("lift:LiftEnv", 200, ALL_ARMS),
+    "PickPlace": ("pick_place:PickPlaceEnv", 250, ALL_ARMS),
+    "Stack": ("stack:StackEnv", 250, ALL_ARMS),
+    "ChooseObject": ("choose_object:ChooseObjectEnv", 200, ALL_ARMS),
 }
 
 

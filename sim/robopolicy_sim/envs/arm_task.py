@@ -129,13 +129,31 @@ class ArmTaskEnv(MujocoTaskEnv):
         """Whether both finger pads touch the body."""
         return all(self._touching(pad, self.model.body(body).id) for pad in self._pads)
 
+    def touched_by_hand(self, body: str) -> bool:
+        """Whether either finger pad touches the body."""
+        return any(self._touching(pad, self.model.body(body).id) for pad in self._pads)
+
+    def speed(self, body: str) -> float:
+        """Speed of a free body in m/s."""
+        start = self.model.jnt_dofadr[self.model.body(body).jntadr[0]]
+        return float(np.linalg.norm(self.data.qvel[start : start + 3]))
+
+    def start_tool(self, position: np.ndarray) -> None:
+        """Start the episode with the tool at a position (3,), pointing down, instead of the home posture."""
+        joints = self.kinematics.inverse(
+            position - self.base_position, self._home_rotation, np.array(self.arm.home), iterations=100
+        )
+        self._hold(joints)
+
     def place(self, body: str, position: Sequence[float] | np.ndarray, rotation: float | np.ndarray = 0.0) -> None:
         """Put a free body at rest at a position (3,), z above the table, turned by a yaw in radians or a matrix (3, 3)."""
         joint = self.model.body(body).jntadr[0]
         start = self.model.jnt_qposadr[joint]
-        quaternion = np.array([np.cos(rotation / 2), 0, 0, np.sin(rotation / 2)]) if np.isscalar(rotation) else np.empty(4)
-        if not np.isscalar(rotation):
-            mujoco.mju_mat2Quat(quaternion, np.asarray(rotation, dtype=np.float64).ravel())
+        if isinstance(rotation, np.ndarray):
+            quaternion = np.empty(4)
+            mujoco.mju_mat2Quat(quaternion, rotation.ravel())
+        else:
+            quaternion = np.array([np.cos(rotation / 2), 0, 0, np.sin(rotation / 2)])
         self.data.qpos[start : start + 3] = np.asarray(position) + [0, 0, self.table_height]
         self.data.qpos[start + 3 : start + 7] = quaternion
         self.data.qvel[self.model.jnt_dofadr[joint] :][:6] = 0
@@ -186,7 +204,10 @@ class ArmTaskEnv(MujocoTaskEnv):
     def _place_arm(self, rng: np.random.Generator) -> None:
         low, high = self.kinematics.limits
         joints = np.array(self.arm.home) + rng.uniform(-START_SPREAD, START_SPREAD, len(self.arm.joints))
-        joints = np.clip(joints, low, high)
+        self._hold(np.clip(joints, low, high))
+
+    def _hold(self, joints: np.ndarray) -> None:
+        """Put the arm at rest at joint angles (n,), with an open gripper, its servos holding it there."""
         self.data.qpos[self._joint_qpos] = joints
         self.data.qpos[self._gripper_qpos] = self.arm.gripper.joint_open
         self._target = JointTarget(joints, 1.0)
@@ -252,6 +273,9 @@ class ArmTaskEnv(MujocoTaskEnv):
             "observation.environment_state": "m; 6-D rotation",
             "action": self.controller.unit,
         }
+
+    def _mocap(self, body: str) -> int:
+        return int(self.model.body(body).mocapid[0])
 
     def _touching(self, geom: int, body: int) -> bool:
         pairs = self.data.contact.geom

@@ -40,7 +40,7 @@ def add_visual(
 ) -> None:
     """A geom without mass that nothing touches: a mark, a lid; ``shape`` e.g. ``box``, ``cylinder``."""
     body.add_geom(
-        type=mujoco.mjtGeom[f"mjGEOM_{shape.upper()}"],
+        type=getattr(mujoco.mjtGeom, f"mjGEOM_{shape.upper()}"),
         size=[*size, *[0.0] * (3 - len(size))],
         pos=list(pos),
         rgba=list(rgba),
@@ -66,3 +66,20 @@ def separated_points(
         if (gaps >= min_distance).all():
             return points
     raise ValueError(f"{count} points {min_distance} m apart do not fit into half sides of {tuple(extent)} m.")
+
+
+def add_bin(spec: mujoco.MjSpec, name: str, half_size: float, height: float, rgba: Sequence[float]) -> mujoco.MjsBody:
+    """A square bin without lid that is moved as a mocap body; ``half_size`` inside and ``height`` in metres."""
+    body = spec.worldbody.add_body(name=name, mocap=True)
+    thickness = 0.004
+    outside = half_size + thickness
+    walls = [
+        ([outside, outside, 0.001], [0, 0, 0.001]),
+        ([thickness / 2, outside, height / 2], [half_size + thickness / 2, 0, height / 2]),
+        ([thickness / 2, outside, height / 2], [-half_size - thickness / 2, 0, height / 2]),
+        ([outside, thickness / 2, height / 2], [0, half_size + thickness / 2, height / 2]),
+        ([outside, thickness / 2, height / 2], [0, -half_size - thickness / 2, height / 2]),
+    ]
+    for size, pos in walls:
+        body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, pos=pos, rgba=list(rgba))
+    return body
