@@ -147,9 +147,9 @@ def _write_folder(folder: Path, schema: DatasetSchema, parts: Sequence[Part]) ->
             _copy_values(data, spec, parts)
     lengths = [part.store.episode_lengths[i] for part in parts for i in part.episodes]
     _write_meta(meta, "episode_ends", np.cumsum(lengths, dtype=np.int64))
-    tasks = _write_labels(meta, parts)
+    names = _write_labels(meta, parts)
     complete = all(part.store.every_file_stored for part in parts)
-    write_attributes(root, schema, tasks, every_file_stored=complete)
+    write_attributes(root, schema, names, every_file_stored=complete)
     disk.finish()
 
 
@@ -219,19 +219,23 @@ def _copy_values(data: zarr.Group, spec: ArraySpec, parts: Sequence[Part]) -> No
     resize(array, position)
 
 
-def _write_labels(meta: zarr.Group, parts: Sequence[Part]) -> list[str]:
+def _write_labels(meta: zarr.Group, parts: Sequence[Part]) -> dict[str, list[str]]:
+    """Write the per-episode entries; returns the lists of names that some of them index."""
     episodes = [(part.store, i) for part in parts for i in part.episodes]
-    tasks = [store.tasks[i] for store, i in episodes]
-    names = list(dict.fromkeys(task for task in tasks if task))
     success = [store.episode_success[i] for store, i in episodes]
     seeds = [store.episode_seeds[i] for store, i in episodes]
-    values = (
-        [names.index(task) if task else UNKNOWN for task in tasks],
-        [UNKNOWN if value is None else int(value) for value in success],
-        [UNKNOWN if seed is None else seed for seed in seeds],
-    )
-    for name, column in zip(LABELS, values, strict=True):
-        _write_meta(meta, name, np.array(column, dtype=np.int64))
+    texts = {
+        "episode_task": [store.tasks[i] for store, i in episodes],
+        "episode_behaviour": [store.behaviours[i] for store, i in episodes],
+    }
+    names = {label: list(dict.fromkeys(text for text in column if text)) for label, column in texts.items()}
+    columns = {
+        label: [names[label].index(text) if text else UNKNOWN for text in column] for label, column in texts.items()
+    }
+    columns["episode_success"] = [UNKNOWN if value is None else int(value) for value in success]
+    columns["episode_seed"] = [UNKNOWN if seed is None else seed for seed in seeds]
+    for label in LABELS:
+        _write_meta(meta, label, np.array(columns[label], dtype=np.int64))
     return names
 
 

@@ -28,7 +28,11 @@ SHARD_CHUNKS = 8
 IMAGE_SHARD_BYTES = 16_000_000
 META_CHUNK = 4096
 # Per-episode entries under meta/ beside episode_ends; they may be longer than it, readers cut them.
-LABELS = ("episode_task", "episode_success", "episode_seed")
+LABELS = ("episode_task", "episode_success", "episode_seed", "episode_behaviour")
+NAMES = {
+    "episode_task": "tasks",
+    "episode_behaviour": "behaviours",
+}  # labels that index a list of names in the attributes
 UNKNOWN = -1  # fill value of the per-episode entries under meta/
 
 

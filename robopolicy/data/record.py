@@ -7,6 +7,7 @@ judged on a start that it has been shown.
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -56,11 +57,18 @@ class RecordReport:
 
 @dataclass(frozen=True)
 class EnvironmentRecipe:
-    """Everything a worker needs to build the environment: its id and, where cameras are wanted, how to ask for them."""
+    """Everything a worker needs to build the environment.
+
+    Attributes:
+        env_id: Gymnasium id.
+        cameras, image_size: images to observe; not passed when there are none.
+        options: further arguments of the environment, as JSON.
+    """
 
     env_id: str
     cameras: tuple[str, ...] = ()
     image_size: int = 96
+    options: str = "{}"
 
     def make(self) -> Any:
         """Make the Gymnasium environment.
@@ -70,6 +78,7 @@ class EnvironmentRecipe:
         """
         gymnasium = require_extra("gymnasium", "sim")
         wanted = {"cameras": self.cameras, "image_size": self.image_size} if self.cameras else {}
+        wanted |= json.loads(self.options)
         try:
             env = gymnasium.make(registered_id(self.env_id), disable_env_checker=True, **wanted)
         except (gymnasium.error.Error, TypeError, ValueError) as error:
@@ -84,6 +93,29 @@ class EnvironmentRecipe:
 
 
 @dataclass(frozen=True)
+class Manner:
+    """How the expert shall play.
+
+    Attributes:
+        noise: see `record_demonstrations`.
+        qualities, modes: names with their shares, as pairs; empty leaves the choice to the expert.
+    """
+
+    noise: float = 0.0
+    qualities: tuple[tuple[str, float], ...] = ()
+    modes: tuple[tuple[str, float], ...] = ()
+
+    def choices(self, seed: int) -> dict[str, str]:
+        """Quality and mode of the episode with this seed, as arguments of ``make_expert``."""
+        rng = np.random.default_rng((seed, 4))  # a stream of its own
+        return {
+            name: str(rng.choice([key for key, _ in shares], p=np.array([share for _, share in shares])))
+            for name, shares in (("quality", self.qualities), ("mode", self.modes))
+            if shares
+        }
+
+
+@dataclass(frozen=True)
 class Episode:
     """One played episode: arrays by name, each ``(T, ...)``, and how it ended."""
 
@@ -91,6 +123,7 @@ class Episode:
     task: str
     success: bool
     seed: int
+    behaviour: str = ""
 
 
 def record_demonstrations(
@@ -102,7 +135,10 @@ def record_demonstrations(
     workers: int = 1,
     cameras: Sequence[str] = (),
     image_size: int = 96,
+    options: Mapping[str, Any] | None = None,
     noise: float = 0.0,
+    qualities: Mapping[str, float] | None = None,
+    modes: Mapping[str, float] | None = None,
     keep_failures: bool = False,
     append: bool = False,
     progress: bool = True,
@@ -120,7 +156,10 @@ def record_demonstrations(
         seed: episode ``i`` uses ``seed + i``.
         workers: processes that play; the dataset does not depend on it.
         cameras, image_size: images to record, passed to the environment.
+        options: further arguments of the environment, JSON values, e.g. ``{"control": "joint_position"}``.
         noise: standard deviation of the disturbance as a share of half the action range, per action entry.
+        qualities: shares of the expert's qualities, e.g. ``{"good": 0.7, "sloppy": 0.3}``; by default it is good.
+        modes: shares of the ways to do the task, e.g. ``{"left": 0.8, "right": 0.2}``; by default the seed decides.
         keep_failures: store failed episodes too, marked as such.
         append: add to an existing dataset.
         progress: show a progress bar on standard error.
@@ -130,17 +169,26 @@ def record_demonstrations(
     """
     path = Path(path)
     _check_arguments(episodes, seed, workers, noise)
-    recipe = EnvironmentRecipe(env_id, tuple(cameras), image_size)
+    if "failing" in (qualities or {}) and not keep_failures:
+        raise UserError("Episodes of the quality 'failing' would all be left out; add --keep-failures.")
+    manner = Manner(noise, _shares("quality", qualities or {}), _shares("mode", modes or {}))
+    recipe = EnvironmentRecipe(env_id, tuple(cameras), image_size, json.dumps(dict(options or {}), sort_keys=True))
     seeds = range(seed, seed + episodes)
-    with _open_store(path, recipe, seeds, noise, append) as store:
+    with _open_store(path, recipe, seeds, manner, append) as store:
         first = store.n_steps
         succeeded = stored = 0
-        played = _play_all(recipe, seeds, noise, min(workers, episodes))
+        played = _play_all(recipe, seeds, manner, min(workers, episodes))
         with tqdm(played, total=episodes, unit="episode", desc=env_id, disable=not progress) as bar:
             for attempted, episode in enumerate(bar, start=1):
                 succeeded += episode.success
                 if episode.success or keep_failures:
-                    store.append(episode.arrays, task=episode.task, success=episode.success, seed=episode.seed)
+                    store.append(
+                        episode.arrays,
+                        task=episode.task,
+                        success=episode.success,
+                        seed=episode.seed,
+                        behaviour=episode.behaviour,
+                    )
                     stored += 1
                 bar.set_postfix_str(f"success {succeeded / attempted:.1%}")
         report = RecordReport(path, episodes, succeeded, stored, store.n_steps - first, store.n_episodes)
@@ -149,12 +197,12 @@ def record_demonstrations(
     return report
 
 
-def play_episode(env: Any, seed: int, noise: float) -> Episode:
-    """Play one episode with the scripted expert; see `record_demonstrations` for ``noise``."""
+def play_episode(env: Any, seed: int, manner: Manner) -> Episode:
+    """Play one episode with the scripted expert."""
     rng = np.random.default_rng((seed, 1))  # a stream of its own: the environment draws from default_rng(seed)
-    expert = env.unwrapped.make_expert(seed)
-    disturbance = _disturbances(env.action_space, noise, env.metadata["render_fps"], rng)
+    disturbance = _disturbances(env.action_space, manner.noise, env.metadata["render_fps"], rng)
     observation, _ = env.reset(seed=seed)
+    expert = _make_expert(env, seed, manner)
     steps: list[dict[str, Any]] = []
     ended = False
     while not ended:
@@ -165,7 +213,27 @@ def play_episode(env: Any, seed: int, noise: float) -> Episode:
         steps.append({**step, "reward": np.float32(reward)})
         ended = terminated or truncated
     arrays = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
-    return Episode(arrays, getattr(env.unwrapped, "instruction", ""), bool(info["success"]), seed)
+    behaviour = ":".join(filter(None, (getattr(expert, "quality", ""), getattr(expert, "mode", ""))))
+    return Episode(arrays, getattr(env.unwrapped, "instruction", ""), bool(info["success"]), seed, behaviour)
+
+
+def _make_expert(env: Any, seed: int, manner: Manner) -> Any:
+    choices = manner.choices(seed)
+    try:
+        return env.unwrapped.make_expert(seed, **choices)
+    except (TypeError, ValueError) as error:
+        if not choices:
+            raise
+        asked = ", ".join(f"{name} '{value}'" for name, value in choices.items())
+        raise UserError(f"{env.spec.id}: its expert cannot play {asked}: {error}") from error
+
+
+def _shares(name: str, shares: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """Shares that sum to 1, as pairs."""
+    total = sum(shares.values())
+    if shares and (total <= 0 or min(shares.values()) < 0):
+        raise UserError(f"The shares of {name} must be at least 0 and not all 0, found {dict(shares)}.")
+    return tuple((key, share / total) for key, share in shares.items())
 
 
 def _check_arguments(episodes: int, seed: int, workers: int, noise: float) -> None:
@@ -180,7 +248,7 @@ def _check_arguments(episodes: int, seed: int, workers: int, noise: float) -> No
         raise UserError(f"noise={noise} must lie in 0 (none) to 1 (half the action range).")
 
 
-def _open_store(path: Path, recipe: EnvironmentRecipe, seeds: range, noise: float, append: bool) -> EpisodeStore:
+def _open_store(path: Path, recipe: EnvironmentRecipe, seeds: range, manner: Manner, append: bool) -> EpisodeStore:
     if path.exists():
         if not append:
             raise UserError(
@@ -190,7 +258,14 @@ def _open_store(path: Path, recipe: EnvironmentRecipe, seeds: range, noise: floa
         return _open_to_append(path, seeds)
     with closing(recipe.make()) as env:
         arrays, fps = array_specs(env), float(env.metadata["render_fps"])
-    provenance = {"source": "scripted expert", "env_id": recipe.env_id, "noise": noise}
+    provenance = {
+        "source": "scripted expert",
+        "env_id": recipe.env_id,
+        "environment_options": json.loads(recipe.options),
+        "noise": manner.noise,
+        "qualities": dict(manner.qualities),
+        "modes": dict(manner.modes),
+    }
     return EpisodeStore.create(path, arrays, fps=fps, attributes=provenance)
 
 
@@ -249,16 +324,16 @@ def _disturbances(space: Any, noise: float, fps: float, rng: np.random.Generator
         yield value * scale if noise > 0 else np.zeros(space.shape)
 
 
-def _play_all(recipe: EnvironmentRecipe, seeds: range, noise: float, workers: int) -> Iterator[Episode]:
+def _play_all(recipe: EnvironmentRecipe, seeds: range, manner: Manner, workers: int) -> Iterator[Episode]:
     """Play one episode for each seed, in the order of the seeds."""
     if workers == 1:
         with closing(recipe.make()) as env:
-            yield from (play_episode(env, seed, noise) for seed in seeds)
+            yield from (play_episode(env, seed, manner) for seed in seeds)
         return
     # spawn: a forked child would inherit an OpenGL context that only works in its parent.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
-        yield from _in_order(pool, partial(_play_in_worker, recipe, noise), seeds, ahead=2 * workers)
+        yield from _in_order(pool, partial(_play_in_worker, recipe, manner), seeds, ahead=2 * workers)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -274,8 +349,8 @@ def _in_order(pool: ProcessPoolExecutor, play: Callable[[int], Episode], seeds: 
         yield waiting.popleft().result()
 
 
-def _play_in_worker(recipe: EnvironmentRecipe, noise: float, seed: int) -> Episode:
-    return play_episode(_worker_environment(recipe), seed, noise)
+def _play_in_worker(recipe: EnvironmentRecipe, manner: Manner, seed: int) -> Episode:
+    return play_episode(_worker_environment(recipe), seed, manner)
 
 
 @cache

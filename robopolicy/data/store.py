@@ -21,6 +21,7 @@ from robopolicy.data.durable import DurableStore, WriterLock, complete_or_absent
 from robopolicy.data.fingerprint import fingerprint
 from robopolicy.data.layout import (
     LABELS,
+    NAMES,
     UNKNOWN,
     create_data_array,
     create_meta_array,
@@ -57,7 +58,7 @@ class EpisodeStore:
         self._schema = schema
         self._ends = ends
         self._lock = lock
-        self._task_names = list(_attributes(container).get("tasks", []))
+        self._names = {label: list(_attributes(container).get(key, [])) for label, key in NAMES.items()}
         self._labels = {name: _read_labels(container, name, len(ends)) for name in LABELS}
 
     @classmethod
@@ -188,7 +189,12 @@ class EpisodeStore:
     @property
     def tasks(self) -> list[str]:
         """Instruction of each episode; empty where unknown."""
-        return [self._task_names[i] if i >= 0 else "" for i in self._labels["episode_task"]]
+        return self._named("episode_task")
+
+    @property
+    def behaviours(self) -> list[str]:
+        """How each episode was done, e.g. ``good:left`` (a scripted expert's quality and mode); empty where unknown."""
+        return self._named("episode_behaviour")
 
     @property
     def episode_success(self) -> list[bool | None]:
@@ -246,6 +252,7 @@ class EpisodeStore:
         task: str = "",
         success: bool | None = None,
         seed: int | None = None,
+        behaviour: str = "",
     ) -> int:
         """Append one episode and return its index. On return it is on the disk, complete.
 
@@ -257,6 +264,7 @@ class EpisodeStore:
             task: instruction of the episode.
             success: whether it succeeded; None when unknown.
             seed: seed of its initial state, >= 0; None when unknown.
+            behaviour: how it was done; empty when unknown.
 
         Raises:
             UserError: the store is read-only, or keys, shapes, types or lengths do not fit the schema.
@@ -269,9 +277,10 @@ class EpisodeStore:
         start, index = self.n_steps, self.n_episodes
         stop = start + len(next(iter(values.values())))
         labels = {
-            "episode_task": self._task_number(task),
+            "episode_task": self._number("episode_task", task),
             "episode_success": UNKNOWN if success is None else int(success),
             "episode_seed": UNKNOWN if seed is None else int(seed),
+            "episode_behaviour": self._number("episode_behaviour", behaviour),
         }
         self._write(start, index, values, labels, stop)
         for name, label in labels.items():
@@ -311,15 +320,17 @@ class EpisodeStore:
             self._container.meta[name] = create_meta_array(meta, name)
         return self._container.meta[name]
 
-    def _task_number(self, task: str) -> int:
-        if not task:
+    def _named(self, label: str) -> list[str]:
+        return [self._names[label][i] if i >= 0 else "" for i in self._labels[label]]
+
+    def _number(self, label: str, name: str) -> int:
+        """Index of a name in its list, which grows when the name is new."""
+        if not name:
             return UNKNOWN
-        if task not in self._task_names:
-            self._task_names.append(task)
-            write_attributes(
-                self._container.root, self._schema, self._task_names, every_file_stored=self.every_file_stored
-            )
-        return self._task_names.index(task)
+        if name not in self._names[label]:
+            self._names[label].append(name)
+            write_attributes(self._container.root, self._schema, self._names, every_file_stored=self.every_file_stored)
+        return self._names[label].index(name)
 
     def close(self) -> None:
         """Give back the files and, after appending, the writer's lock."""
@@ -361,20 +372,21 @@ def create_layout(
             create_data_array(data, spec, codec)
         for name in ("episode_ends", *LABELS):
             create_meta_array(meta, name)
-        write_attributes(root, schema, [], every_file_stored=True)
+        write_attributes(root, schema, {}, every_file_stored=True)
         disk.finish()
 
 
 def write_attributes(
-    root: zarr.Group, schema: DatasetSchema, tasks: Sequence[str], *, every_file_stored: bool = False
+    root: zarr.Group, schema: DatasetSchema, names: Mapping[str, Sequence[str]], *, every_file_stored: bool = False
 ) -> None:
-    """Store schema and task list in the attributes of the root group.
+    """Store the schema and the lists of names in the attributes of the root group.
 
     Args:
+        names: by label, see `layout.NAMES`.
         every_file_stored: a chunk without a file means damage, not zeros; true for datasets that we created.
     """
-    values = {**schema.to_attributes(), "tasks": list(tasks), FILES_KEY: every_file_stored}
-    root.attrs[ATTRIBUTES_KEY] = values
+    lists = {key: list(names.get(label, [])) for label, key in NAMES.items()}
+    root.attrs[ATTRIBUTES_KEY] = {**schema.to_attributes(), **lists, FILES_KEY: every_file_stored}
 
 
 def _attributes(container: Container) -> Mapping[str, Any]:

@@ -113,17 +113,21 @@ def _lengths(store: EpisodeStore) -> str:
 
 
 def _labels(store: EpisodeStore) -> str:
-    lines = []
-    tasks = Counter(task for task in store.tasks if task)
-    if tasks:
-        lines.append(f"tasks: {len(tasks)}")
-        lines += [f"  {count:6d} x {task}" for task, count in tasks.most_common(_MOST_TASKS)]
-        if len(tasks) > _MOST_TASKS:
-            lines.append(f"  ... and {len(tasks) - _MOST_TASKS} more")
+    lines = [*_counts("tasks", store.tasks), *_counts("behaviours", store.behaviours)]
     judged = [success for success in store.episode_success if success is not None]
     if judged:
         lines.append(f"success: {sum(judged)} of {len(judged)} judged episodes ({sum(judged) / len(judged):.0%})")
     return "\n".join(lines)
+
+
+def _counts(title: str, names: Sequence[str]) -> list[str]:
+    counts = Counter(name for name in names if name)
+    if not counts:
+        return []
+    lines = [f"{title}: {len(counts)}", *(f"  {n:6d} x {name}" for name, n in counts.most_common(_MOST_TASKS))]
+    if len(counts) > _MOST_TASKS:
+        lines.append(f"  ... and {len(counts) - _MOST_TASKS} more")
+    return lines
 
 
 def _duration(seconds: float) -> str:

@@ -22,6 +22,7 @@ ARM_TASKS: dict[str, tuple[str, int, dict[str, str]]] = {
     "PickPlace": ("pick_place:PickPlaceEnv", 250, ALL_ARMS),
     "Stack": ("stack:StackEnv", 250, ALL_ARMS),
     "ChooseObject": ("choose_object:ChooseObjectEnv", 200, ALL_ARMS),
+    "PegInsert": ("peg_insert:PegInsertEnv", 300, ALL_ARMS),
 }
 
 

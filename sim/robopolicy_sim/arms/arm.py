@@ -52,7 +52,7 @@ class Arm:
 
     Attributes:
         name: short name, as in environment ids.
-        xml: its MJCF file; root body ``base``, one position actuator for each joint, in the same order.
+        xml: its MJCF file, with one position actuator for each joint.
         joints: the arm's joints from base to hand.
         home: joint positions [rad] with the hand above the table, in front of the arm, pointing down.
         tcp_site: site between the finger pads; z is the approach direction, y the closing direction.
@@ -60,6 +60,7 @@ class Arm:
         max_velocity: joint velocity limits [rad/s].
         max_acceleration: joint acceleration limits [rad/s^2].
         reach: published reach, without the gripper [m].
+        base: name of the root body, whose frame is the base frame.
         camera: name of the camera on the hand; None where there is none.
         actuators: actuators of ``joints``; by default they share the joints' names.
     """
@@ -73,6 +74,7 @@ class Arm:
     max_velocity: tuple[float, ...]
     max_acceleration: tuple[float, ...]
     reach: float
+    base: str = "base"
     camera: str | None = "wrist"
     actuators: tuple[str, ...] = ()
 
@@ -105,7 +107,50 @@ PANDA = Arm(
     reach=0.855,
 )
 
-ARMS = {arm.name: arm for arm in (PANDA,)}
+UR5E = Arm(
+    name="ur5e",
+    xml=ARMS_FOLDER / "ur5e.xml",
+    joints=tuple(f"joint{i}" for i in range(1, 7)),
+    home=(-0.30073, -1.70791, 1.85095, -1.71384, -math.pi / 2, -1.87153),
+    tcp_site="tcp",
+    gripper=Gripper(
+        actuator="gripper",
+        closed=0.0,
+        open=0.0425,
+        joints=("finger_left", "finger_right"),
+        joint_closed=0.0,
+        joint_open=0.0425,
+        stroke=0.085,
+    ),
+    max_velocity=(math.pi,) * 6,
+    # The manufacturer publishes none; its ROS description plans with these.
+    max_acceleration=(math.pi,) * 6,
+    reach=0.85,
+)
+
+SO101 = Arm(
+    name="so101",
+    xml=ARMS_FOLDER / "so101.xml",
+    joints=tuple(f"joint{i}" for i in range(1, 6)),
+    home=(-0.07865, -0.10019, 0.20399, 1.46699, -1.60077),
+    tcp_site="tcp",
+    gripper=Gripper(
+        actuator="gripper",
+        closed=-0.174533,
+        open=1.0,
+        joints=("finger_jaw",),
+        joint_closed=-0.174533,
+        joint_open=1.0,
+        stroke=0.079,
+    ),
+    # 45 rpm, the servo's speed without load.
+    max_velocity=(4.71,) * 5,
+    # Not published: about a third of what the stall torque gives the stretched arm.
+    max_acceleration=(20.0,) * 5,
+    reach=0.4,
+)
+
+ARMS = {arm.name: arm for arm in (PANDA, UR5E, SO101)}
 
 
 def find_arm(name: str) -> Arm:
@@ -120,5 +165,18 @@ def find_arm(name: str) -> Arm:
 
 
 def arm_spec(arm: Arm) -> mujoco.MjSpec:
-    """Load the arm's MJCF, to be compiled alone or attached to a scene (``scene.attach(spec, frame=frame)``)."""
-    return mujoco.MjSpec.from_file(str(arm.xml))
+    """Load the arm's MJCF, to be compiled alone or attached to a scene.
+
+    The names carry no prefix: ``scene.attach(arm_spec(arm), prefix="", frame=frame)``. Keyframes are dropped, because
+    they would not fit a scene with objects; ``Arm.home`` takes their place.
+
+    Raises:
+        ValueError: MuJoCo cannot read the file.
+    """
+    try:
+        spec = mujoco.MjSpec.from_file(str(arm.xml))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{arm.xml} is not a model that MuJoCo can read: {error}") from error
+    for key in list(spec.keys):
+        spec.delete(key)
+    return spec

@@ -146,15 +146,20 @@ class ArmTaskEnv(MujocoTaskEnv):
         self._hold(joints)
 
     def place(self, body: str, position: Sequence[float] | np.ndarray, rotation: float | np.ndarray = 0.0) -> None:
-        """Put a free body at rest at a position (3,), z above the table, turned by a yaw in radians or a matrix (3, 3)."""
-        joint = self.model.body(body).jntadr[0]
-        start = self.model.jnt_qposadr[joint]
+        """Put a free body, at rest, or a mocap body at a position (3,), z above the table, turned by a yaw in radians or a matrix (3, 3)."""
         if isinstance(rotation, np.ndarray):
             quaternion = np.empty(4)
             mujoco.mju_mat2Quat(quaternion, rotation.ravel())
         else:
             quaternion = np.array([np.cos(rotation / 2), 0, 0, np.sin(rotation / 2)])
-        self.data.qpos[start : start + 3] = np.asarray(position) + [0, 0, self.table_height]
+        position = np.asarray(position) + [0, 0, self.table_height]
+        mocap = self._mocap(body)
+        if mocap >= 0:
+            self.data.mocap_pos[mocap], self.data.mocap_quat[mocap] = position, quaternion
+            return
+        joint = self.model.body(body).jntadr[0]
+        start = self.model.jnt_qposadr[joint]
+        self.data.qpos[start : start + 3] = position
         self.data.qpos[start + 3 : start + 7] = quaternion
         self.data.qvel[self.model.jnt_dofadr[joint] :][:6] = 0
 

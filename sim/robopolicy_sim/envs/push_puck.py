@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from robopolicy_sim.envs.base import MujocoTaskEnv
+from robopolicy_sim.envs.base import MujocoTaskEnv, Observation
 from robopolicy_sim.experts.push_puck import PushPuckExpert, PushPuckGeometry
 
 
@@ -65,6 +65,7 @@ class PushPuckEnv(MujocoTaskEnv):
         )
         self._rest_height = float(puck.size[1])
         self._setpoint: np.ndarray = np.zeros(2)
+        self._start_state: np.ndarray | None = None
         self._start_distance = 1.0
         self._steps_inside = 0
 
@@ -87,7 +88,31 @@ class PushPuckEnv(MujocoTaskEnv):
         low, high = self.model.actuator_ctrlrange.T
         return spaces.Box(low.astype(np.float32), high.astype(np.float32))
 
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode.
+
+        Args:
+            options: ``{"state": vector}`` starts at rest from a state (6,) as observed; the seed settles the puck's yaw.
+
+        Raises:
+            ValueError: the state is out of the pusher's reach, or pusher and puck overlap.
+        """
+        self._start_state = (options or {}).get("state")
+        return super().reset(seed=seed, options=options)
+
     def _place(self, rng: np.random.Generator) -> None:
+        pusher, puck, goal = self._random_start(rng) if self._start_state is None else self._given_start()
+        yaw = rng.uniform(-np.pi, np.pi)
+        self.data.qpos[[1, 0]] = pusher
+        self.data.joint("puck").qpos[:] = [*puck, self._rest_height, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+        self.data.mocap_pos[0, :2] = goal
+        self.data.ctrl[:] = self._setpoint = pusher
+        self._start_distance = max(float(np.linalg.norm(goal - puck)), 1e-6)
+        self._steps_inside = 0
+
+    def _random_start(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         config = self.config
         touching = self.geometry.contact_distance + config.min_clearance
         while True:
@@ -95,14 +120,17 @@ class PushPuckEnv(MujocoTaskEnv):
             puck = rng.uniform(-config.puck_range, config.puck_range, 2)
             goal = rng.uniform(-config.goal_range, config.goal_range, 2)
             if np.linalg.norm(goal - puck) >= config.min_travel and np.linalg.norm(pusher - puck) >= touching:
-                break
-        yaw = rng.uniform(-np.pi, np.pi)
-        self.data.qpos[[1, 0]] = pusher
-        self.data.joint("puck").qpos[:] = [*puck, self._rest_height, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
-        self.data.mocap_pos[0, :2] = goal
-        self.data.ctrl[:] = self._setpoint = pusher
-        self._start_distance = float(np.linalg.norm(goal - puck))
-        self._steps_inside = 0
+                return pusher, puck, goal
+
+    def _given_start(self) -> np.ndarray:
+        state = np.asarray(self._start_state, dtype=np.float64)
+        reach = self.geometry.reach
+        if state.shape != (6,) or not (np.abs(state) <= reach).all():
+            raise ValueError(f"options['state'] is six positions within +-{reach} m, found {state}.")
+        pusher, puck, goal = state.reshape(3, 2)
+        if np.linalg.norm(pusher - puck) < self.geometry.contact_distance:
+            raise ValueError(f"options['state']: the pusher at {pusher} overlaps the puck at {puck}.")
+        return np.stack([pusher, puck, goal])
 
     def _setpoints(self, action: np.ndarray) -> np.ndarray:
         low, high = self.model.actuator_ctrlrange.T

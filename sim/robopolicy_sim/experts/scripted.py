@@ -122,14 +122,20 @@ class ScriptedExpert(ABC):
             travel, turn = position - state.position, rotation_error(rotation, state.rotation)
             if np.linalg.norm(travel) < tolerance and np.linalg.norm(turn) < angle_tolerance:
                 break
-            ahead = self.style.lookahead * speed
-            yield ToolTarget(
-                state.position + _shortened(travel, self.style.speed * ahead),
-                rotation_from_vector(_shortened(turn, self.style.turn_speed * ahead)) @ state.rotation,
-                self.opening,
-            )
+            yield self.toward(position, rotation, speed=speed)
         if self.rng.random() < self.style.pause:
             yield from self.wait(int(self.rng.integers(1, 10)))
+
+    def toward(self, position: np.ndarray, rotation: np.ndarray, *, speed: float = 1.0) -> ToolTarget:
+        """The target of one control step on the straight line to a pose, for scripts that correct their aim at every step."""
+        state = self.env.tool_state()
+        travel, turn = position - state.position, rotation_error(rotation, state.rotation)
+        ahead = self.style.lookahead * speed
+        return ToolTarget(
+            state.position + _shortened(travel, self.style.speed * ahead),
+            rotation_from_vector(_shortened(turn, self.style.turn_speed * ahead)) @ state.rotation,
+            self.opening,
+        )
 
     def wait(self, steps: int) -> Iterator[ToolTarget]:
         """Keep the tool where it is."""
@@ -142,14 +148,16 @@ class ScriptedExpert(ABC):
         self.opening = opening
         yield from self.wait(steps)
 
-    def aim(self, position: np.ndarray, *, tolerance: float) -> np.ndarray:
+    def aim(self, position: np.ndarray, *, tolerance: float, direction: np.ndarray | None = None) -> np.ndarray:
         """The position (3,) that this expert takes a critical target for: some miss it, in the plane.
 
         Args:
             tolerance: how far the target may be missed without consequence [m]. A mistake is 1.6 to 2.4 times as far.
+            direction: unit vector (3,) in which it is missed; None draws one.
         """
         angle = self.rng.uniform(-np.pi, np.pi)
-        direction = np.array([np.cos(angle), np.sin(angle), 0.0])
+        if direction is None:
+            direction = np.array([np.cos(angle), np.sin(angle), 0.0])
         if self.quality == "failing" or (self.quality == "recovering" and self._mistakes == 0):
             self._mistakes += 1
             return position + self.rng.uniform(1.6, 2.4) * tolerance * direction

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import mujoco
 import numpy as np
 from gymnasium import spaces
 
@@ -30,10 +31,11 @@ INTERFACE = PeerInterface(
         "action": "cm per step; -1 open, 1 closed",
     },
     control_hz=80,
-    cameras={"scene": "corner2", "front": "corner3", "wrist": "gripperPOV"},
+    cameras={"scene": "corner4", "front": "corner3", "wrist": "gripperPOV"},
     packages=("metaworld",),
 )
 HIGHEST_REWARD = 10.0  # of Meta-World's shaped reward
+UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")  # cameras that Meta-World defines so
 
 
 class MetaworldEnv(PeerEnv):
@@ -123,4 +125,7 @@ def _open_task(name: str) -> Any:
     task._freeze_rand_vec, task.seeded_rand_vec = False, True
     task._partially_observable = False
     del task.sawyer_observation_space  # cached without the goal
+    for name in UPSIDE_DOWN:
+        camera = task.model.camera(name)
+        mujoco.mju_mulQuat(camera.quat, camera.quat.copy(), np.array([0.0, 0.0, 0.0, 1.0]))  # half a turn about its view
     return task
