@@ -8,11 +8,14 @@ import numpy as np
 from robopolicy_sim.arms.arm import Arm, arm_spec
 
 
+LONGEST_STEP = 0.15  # m of weighted error that one step may aim at (clamping, Buss and Kim 2005)
+
+
 class ArmKinematics:
     """Pose of the tool centre point (TCP) for joint angles and back, in the arm's base frame.
 
-    Inverse kinematics takes damped least-squares steps (Wampler 1986; Nakamura and Hanafusa 1986) on the pose error, with the
-    home posture as a secondary goal in the null space. Not reachable poses give the nearest one that the steps find.
+    Inverse kinematics takes damped least-squares steps (Wampler 1986; Nakamura and Hanafusa 1986) on the pose error,
+    with the home posture as a secondary goal in the null space. For a pose out of reach it ends near it.
 
     Args:
         damping: of the least-squares step; larger is steadier near singularities and slower.
@@ -62,13 +65,24 @@ class ArmKinematics:
             iterations: most steps to take.
             tolerance: of the weighted error in metres, at which the search ends.
         """
-        joints = np.clip(start, self._low, self._high)
+        joints = np.minimum(np.maximum(start, self._low), self._high)
+        wanted, found, turn = np.empty(4), np.empty(4), np.empty(3)
+        mujoco.mju_mat2Quat(wanted, np.ascontiguousarray(rotation).ravel())
+        error = np.empty(6)
         for _ in range(iterations):
-            found, frame = self.forward(joints)
-            error = np.concatenate([position - found, rotation_error(rotation, frame)]) * self._weights
-            if error @ error < tolerance**2:
+            self._data.qpos[self._qpos] = joints
+            mujoco.mj_kinematics(self._model, self._data)
+            frame = self._data.site_xmat[self._site]
+            mujoco.mju_mat2Quat(found, frame)
+            mujoco.mju_subQuat(turn, wanted, found)  # in the tool's frame
+            error[:3] = position - self._data.site_xpos[self._site]
+            error[3:] = frame.reshape(3, 3) @ turn
+            error *= self._weights
+            size = float(error @ error) ** 0.5
+            if size < tolerance:
                 break
-            joints = np.clip(joints + self._step(error, joints), self._low, self._high)
+            error *= min(1.0, LONGEST_STEP / size)
+            joints = np.minimum(np.maximum(joints + self._step(error, joints), self._low), self._high)
         return joints
 
     def _step(self, error: np.ndarray, joints: np.ndarray) -> np.ndarray:
@@ -83,20 +97,11 @@ class ArmKinematics:
 
 
 def rotation_error(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Rotation vector (3,), base frame, that turns ``found`` (3, 3) into ``wanted``, exact in direction, in [0, pi]."""
-    relative = wanted @ found.T
-    axis = np.array(
-        [relative[2, 1] - relative[1, 2], relative[0, 2] - relative[2, 0], relative[1, 0] - relative[0, 1]]
-    )
-    sine, cosine = 0.5 * float(np.sqrt(axis @ axis)), 0.5 * (float(np.trace(relative)) - 1)
-    if sine < 1e-9:
-        if cosine > 0:
-            return 0.5 * axis
-        # Half a turn: the axis is the eigenvector of the eigenvalue 1.
-        column = int(np.argmax(np.diag(relative)))
-        axis = relative[:, column] + np.eye(3)[column]
-        return np.pi * axis / np.linalg.norm(axis)
-    return axis * (np.arctan2(sine, cosine) / (2 * sine))
+    """Rotation vector (3,), base frame, that turns ``found`` (3, 3) into ``wanted``; its length is at most pi."""
+    quaternion, vector = np.empty(4), np.empty(3)
+    mujoco.mju_mat2Quat(quaternion, (wanted @ found.T).ravel())
+    mujoco.mju_quat2Vel(vector, quaternion, 1.0)
+    return vector
 
 
 def rotation_from_vector(vector: np.ndarray) -> np.ndarray:
@@ -127,4 +132,5 @@ def from_rotation_6d(vector: np.ndarray) -> np.ndarray:
     if min(length, height) < 1e-6:
         raise ValueError(f"The 6-D rotation {np.round(vector, 4)} has zero or parallel columns; it is no rotation.")
     y = rest / height
-    return np.column_stack([x, y, np.cross(x, y)])
+    z = (x[1] * y[2] - x[2] * y[1], x[2] * y[0] - x[0] * y[2], x[0] * y[1] - x[1] * y[0])
+    return np.column_stack([x, y, z])

@@ -63,6 +63,31 @@ def test_no_start_is_a_success_or_in_contact(env):
     assert info["progress"] == 0
 
 
+def test_starts_from_a_given_state(env):
+    state = np.array([-0.2, 0.1, 0.05, -0.1, 0.0, 0.2], dtype=np.float32)
+    first, info = env.reset(seed=0, options={"state": state})
+    again, _ = env.reset(seed=0, options={"state": first["observation.state"]})
+    np.testing.assert_array_equal(first["observation.state"], state)
+    np.testing.assert_array_equal(again["observation.state"], state)
+    assert info["progress"] == 0
+    random_start, _ = env.reset(seed=0)  # the option holds for one episode
+    assert not np.allclose(random_start["observation.state"], state)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([0.4, 0, 0, 0, 0, 0.1], "within"),
+        ([0.1, 0, 0, 0], "six positions"),
+        ([np.nan, 0, 0, 0, 0, 0.1], "within"),
+        ([0.06, 0, 0, 0, 0, 0.1], "overlaps"),
+    ],
+)
+def test_impossible_starts_are_refused(env, state, message):
+    with pytest.raises(ValueError, match=message):
+        env.reset(seed=0, options={"state": state})
+
+
 def test_success_needs_the_puck_inside_the_ring_for_some_steps(env):
     env.reset(seed=0)
     stay = env._pusher.astype(np.float32)

@@ -23,11 +23,12 @@ START_SPREAD = 0.02  # rad, uniform, of each joint about the home posture
 class ArmTaskEnv(MujocoTaskEnv):
     """An arm at a bench.
 
-    The world's origin is the middle of the arm's workspace, on the table; x points away from the arm. Actions and observations
-    are in the frame of the arm's base, which has the same axes.
+    The world's origin is the middle of the arm's workspace, on the table; x points away from the arm. Actions and
+    observations are in the frame of the arm's base, which has the same axes.
 
-    Observations: ``observation.state``: joint angles [rad], gripper opening (0 closed, 1 open), TCP position [m] and 6-D
-    rotation; ``observation.environment_state``: the pose (position, 6-D rotation) of each of ``objects``, then ``_goal()``.
+    Observations: ``observation.state``: joint angles [rad], gripper opening (0 closed, 1 open), TCP position [m] and
+    6-D rotation; ``observation.environment_state``: the pose (position, 6-D rotation) of each of ``objects``, then what
+    else ``goal_names`` lists.
 
     Args:
         arm: ``panda``, ``ur5e``, ``so101``, or an `Arm` of the user's.

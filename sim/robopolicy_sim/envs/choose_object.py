@@ -21,7 +21,8 @@ WRONG = 0.04  # m that the other block may rise before the episode has failed
 class ChooseObjectEnv(ArmTaskEnv):
     """Lift the block of the colour that the instruction names, drawn at each reset; the state tells it as one-hot.
 
-    Success: that block has been 8 cm above its start, in the gripper, for five steps. Lifting the other one fails the episode.
+    Success: that block has been 8 cm above its start, in the gripper, for five steps. Once the other one was lifted,
+    the episode has failed.
     """
 
     objects = ("red", "green")
@@ -71,7 +72,7 @@ class ChooseObjectEnv(ArmTaskEnv):
         return {"grasped": self._was_grasped, "lifted": self._steps_lifted > 0, "lifted_the_other": self._mistaken}
 
     def _progress(self) -> float:
-        """A third for reaching the named block, a third for the grasp, a third for the rise; 0 after the other one was lifted."""
+        """A third for reaching the named block, a third for the grasp, a third for the rise; 0 after a mistake."""
         if self._mistaken:
             return 0.0
         reached = 1 - np.tanh(5 * np.linalg.norm(self.tool_state().position - self.position(self.wanted)))

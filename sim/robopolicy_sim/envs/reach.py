@@ -19,8 +19,8 @@ SIDE = 0.14  # m from the middle to the start and to the target, times the arm's
 class ReachEnv(ArmTaskEnv):
     """Bring the tool centre point to the green ball on the other side of the post.
 
-    The tool starts on one side of the post. Success: it has been within 2 cm of the ball for four steps. Once the post was touched, the
-    episode has failed.
+    The tool starts on one side of the post. Success: it has been within 2 cm of the ball for four steps. Once the post
+    was touched, the episode has failed.
     """
 
     instruction = "reach the green ball without touching the post"

@@ -17,7 +17,7 @@ OFFSET = 0.02  # m that the centres of the stacked blocks may be apart
 
 
 class StackEnv(ArmTaskEnv):
-    """Put the red block on the blue one. Success: it rests on top of it, off the table, and the gripper has let go of it."""
+    """Put the red block on the blue one. Success: it rests on top of it and the gripper has let go."""
 
     instruction = "put the red block on the blue block"
     objects = ("cube", "base_cube")

@@ -37,7 +37,9 @@ class GraspingExpert(ScriptedExpert):
         state = self.env.tool_state()
         yield from self.move(state.position + [0, 0, height], state.rotation, tolerance=0.02, max_steps=40)
 
-    def carry(self, body: str, goal: np.ndarray, *, clearance: float = HOVER, yaw: float | None = None) -> Iterator[ToolTarget]:
+    def carry(
+        self, body: str, goal: np.ndarray, *, clearance: float = HOVER, yaw: float | None = None
+    ) -> Iterator[ToolTarget]:
         """Bring a held block to ``goal`` (3,) from above; ends early when the block is lost.
 
         Args:
@@ -72,6 +74,6 @@ class GraspingExpert(ScriptedExpert):
         yield from self.rise(HOVER)
 
     def grasp_yaw(self, body: str, quarter_turn: bool) -> float:
-        """Hand heading that closes on a pair of the block's faces, of the two half turns the one nearest to the home posture."""
+        """Hand heading that closes on a pair of the block's faces; of two half turns the one nearer to home."""
         quarter = np.pi / 2 if quarter_turn else 0.0
         return nearest_turn(self.env.yaw(body) + quarter, np.pi, reference=np.pi / 4 if quarter_turn else -np.pi / 4)

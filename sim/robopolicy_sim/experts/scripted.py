@@ -48,8 +48,9 @@ TREMOR_TIME = 0.3  # s
 class ScriptedExpert(ABC):
     """Plays the task's script: a generator of tool targets in the world frame that reads the environment's state.
 
-    Qualities: ``good`` does everything right; ``sloppy`` is slow, trembles, hesitates and aims loosely; ``recovering`` first makes a
-    mistake at a critical point (`aim`), notices it and goes on to succeed; ``failing`` makes that mistake every time.
+    Qualities: ``good`` does everything right; ``sloppy`` is slow, trembles, hesitates and aims loosely; ``recovering``
+    first makes a mistake at a critical point (`aim`), notices it and goes on to succeed; ``failing`` makes that mistake
+    every time.
 
     Args:
         env: the environment, whose state may be read, never written.
@@ -174,7 +175,7 @@ class ScriptedExpert(ABC):
 
 
 def top_down(yaw: float) -> np.ndarray:
-    """Rotation (3, 3) of a tool that points straight down, its fingers closing along the direction ``yaw`` + 90 degrees."""
+    """Rotation (3, 3) of a tool that points straight down, its fingers closing along ``yaw`` + 90 degrees."""
     cos, sin = np.cos(yaw), np.sin(yaw)
     return np.array([[cos, sin, 0.0], [sin, -cos, 0.0], [0.0, 0.0, -1.0]])
 
