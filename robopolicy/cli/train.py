@@ -122,15 +122,18 @@ def evaluation_of(config: RunConfig, plain: Mapping[str, Any]) -> Evaluate:
     from robopolicy.configuration import dataclass_from
     from robopolicy.evaluation.environments import environment
     from robopolicy.evaluation.evaluate import evaluate
-    from robopolicy.training.dataset import open_dataset, task_spec
+    from robopolicy.training.dataset import open_dataset, task_environment, task_spec
 
-    name, settings = config.task.environment, dataclass_from(Evaluation, plain["evaluation"], "evaluation")
+    settings = dataclass_from(Evaluation, plain["evaluation"], "evaluation")
+    store = open_dataset(config.task, config.data)
+    name, options = task_environment(config.task, store)
     if not name:
         raise UserError("train.evaluate_every needs a task with an environment; set train.evaluate_every=0.")
-    environment(name).check(task_spec(config.task, open_dataset(config.task, config.data)))
+    world = environment(name, options)
+    world.check(task_spec(config.task, store))
 
     def judge(policy: Policy, step: int) -> dict[str, float]:
-        result = evaluate(policy, name, videos=0, **asdict(settings))
+        result = evaluate(policy, world, videos=0, **asdict(settings))
         return {
             "eval/score": result.metric("mean_score").value,
             "eval/success_rate": result.metric("success_rate").value,

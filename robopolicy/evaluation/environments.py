@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -18,6 +21,8 @@ from robopolicy.spec import KeySpec, PolicySpec, check_keys
 IMAGE_SIZE = 96  # side in pixels, unless the policy wants another
 DEFAULT_MAX_STEPS = 300  # of an environment that was registered without a limit
 VIDEO_SIZE = (240, 320)  # (height, width) in pixels
+FILE_OPTIONS = ("photo",)  # options, at any depth, that name a file; its bytes are part of the protocol
+OWN_ARGUMENTS = ("cameras", "image_size", "render_mode", "render_size", "max_episode_steps")  # settled by evaluation
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Environment:
         packages: distributions whose versions decide the outcome.
         build: makes the Gymnasium environment with exactly the given observation keys; picklable.
         any_image_size: images are rendered at the (square) size that the policy wants.
+        options: plain JSON values that the environment was made with, file names absolute.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Environment:
     packages: tuple[str, ...]
     build: Callable[[Sequence[KeySpec]], gymnasium.Env]
     any_image_size: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, spec: PolicySpec) -> None:
         """Compare with what a policy reads and writes.
@@ -114,32 +121,71 @@ PUSHT = Environment(
 ENVIRONMENTS: dict[str, Environment] = {PUSHT.name: PUSHT}
 
 
-def environment(name: str) -> Environment:
+def environment(name: str, options: Mapping[str, Any] | None = None) -> Environment:
     """Look an evaluation environment up: `ENVIRONMENTS`, then the simulator's Gymnasium environments.
 
     Args:
         name: e.g. ``pusht``; ``push_puck`` stands for the Gymnasium id ``robopolicy_sim/PushPuck-v0`` (the highest
-            version that is registered).
+            version that is registered); that id is accepted too.
+        options: keyword arguments of the simulated environment's constructor, plain JSON values, e.g.
+            ``{"control": "ee_pose", "variation": {"lighting": "darker"}}``; names of files must be absolute.
 
     Raises:
-        UserError: there is no such environment; names the closest one.
+        UserError: there is no such environment (names the closest one), or it does not take these options.
     """
+    options = json.loads(json.dumps(options or {}))  # as they will be read back from a protocol
     if name in ENVIRONMENTS:
+        if options:
+            raise UserError(f"The environment '{name}' takes no options, found {', '.join(options)}.")
         return ENVIRONMENTS[name]
     simulated = simulated_tasks()
+    name = {gymnasium_id: short for short, gymnasium_id in simulated.items()}.get(name, name)
     if name in simulated:
-        return _simulated(name, simulated[name])
+        return _simulated(name, simulated[name], options)
     raise UserError(f"There is no environment '{name}'.{did_you_mean(name, (*ENVIRONMENTS, *simulated))}")
 
 
-def _simulated(name: str, gymnasium_id: str) -> Environment:
+def absolute_files(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Copy options with every name of a file (`FILE_OPTIONS`) made absolute; relative ones start at ``folder``.
+
+    Raises:
+        UserError: a file is not there.
+    """
+
+    def absolute(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: absolute(k, v) for k, v in value.items()}
+        if name not in FILE_OPTIONS or not isinstance(value, str) or value == "???":
+            return value
+        path = (folder / value).resolve()
+        if not path.is_file():
+            raise UserError(f"The environment option '{name}' names the file {path}, which is not there.")
+        return str(path)
+
+    return {name: absolute(name, value) for name, value in options.items()}
+
+
+def described_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a protocol states them: files by name and SHA-256 of their bytes, so that their place may differ."""
+
+    def described(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: described(k, v) for k, v in value.items()}
+        if name not in FILE_OPTIONS or not isinstance(value, str):
+            return value
+        return f"{Path(value).name} sha256:{hashlib.sha256(Path(value).read_bytes()).hexdigest()}"
+
+    return {name: described(name, value) for name, value in options.items()}
+
+
+def _simulated(name: str, gymnasium_id: str, options: Mapping[str, Any]) -> Environment:
     """Describe an environment of the simulator.
 
     Its observations are a dictionary with our keys, its reward is the progress in [0, 1], ``info["success"]`` is there,
     every camera of its MuJoCo model can be observed, and the constructor takes ``cameras``, ``image_size`` and
     ``render_size``. ``metadata["units"]``, where there, holds units by key.
     """
-    env: Any = gymnasium.make(registered_id(gymnasium_id)).unwrapped
+    env: Any = _opened(name, gymnasium_id, options)
     vectors, action, metadata, model = env.observation_space, env.action_space, env.metadata, env.model
     env.close()
     units = metadata.get("units", {})
@@ -151,17 +197,48 @@ def _simulated(name: str, gymnasium_id: str) -> Environment:
         keys={key.key: key for key in keys},
         action=KeySpec("action", action.shape, role="action", unit=units.get("action", "")),
         fps=metadata["render_fps"],
-        max_steps=gymnasium.spec(gymnasium_id).max_episode_steps or DEFAULT_MAX_STEPS,
+        max_steps=_max_steps(name, gymnasium_id, options, metadata["render_fps"]),
         score="max over steps of the progress in [0, 1] that the environment reports as reward",
         success="the environment reported success after some step",
         reset=f"{gymnasium_id}.reset(seed=seed)",
         packages=("robopolicy", "mujoco", "gymnasium", "numpy"),
-        build=partial(_make_simulated, gymnasium_id),
+        build=partial(_make_simulated, gymnasium_id, options),
         any_image_size=True,
+        options=options,
     )
 
 
-def _make_simulated(gymnasium_id: str, keys: Sequence[KeySpec]) -> gymnasium.Env:
+def _max_steps(name: str, gymnasium_id: str, options: Mapping[str, Any], fps: float) -> int:
+    """The registered limit; at another control rate than the usual one, as many steps as take the same time."""
+    limit = gymnasium.spec(gymnasium_id).max_episode_steps or DEFAULT_MAX_STEPS
+    if "control_hz" not in options:
+        return limit
+    usual = _opened(name, gymnasium_id, {k: v for k, v in options.items() if k != "control_hz"})
+    usual.close()
+    return round(limit * fps / usual.metadata["render_fps"])
+
+
+def _opened(name: str, gymnasium_id: str, options: Mapping[str, Any]) -> gymnasium.Env:
+    """The bare environment, without images.
+
+    Raises:
+        UserError: it does not take these options.
+    """
+    for own in OWN_ARGUMENTS:
+        if own in options:
+            raise UserError(f"The environment option '{own}' is settled by the policy and the report; leave it out.")
+    try:
+        return gymnasium.make(registered_id(gymnasium_id), disable_env_checker=True, cameras=(), **options).unwrapped
+    except (TypeError, ValueError, KeyError) as error:
+        if not options:
+            raise
+        reason = str(error).partition(" was raised from the environment creator")[0]  # Gymnasium repeats the arguments
+        raise UserError(
+            f"The environment '{name}' does not take the options {json.dumps(options)}: {reason}"
+        ) from error
+
+
+def _make_simulated(gymnasium_id: str, options: Mapping[str, Any], keys: Sequence[KeySpec]) -> gymnasium.Env:
     images = [key for key in keys if key.role == "image"]
     return gymnasium.make(
         registered_id(gymnasium_id),
@@ -171,4 +248,5 @@ def _make_simulated(gymnasium_id: str, keys: Sequence[KeySpec]) -> gymnasium.Env
         render_size=VIDEO_SIZE,
         cameras=tuple(key.key.removeprefix("observation.image.") for key in images),
         image_size=images[0].shape[0] if images else IMAGE_SIZE,
+        **options,
     )

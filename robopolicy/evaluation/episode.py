@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -26,6 +28,10 @@ class EpisodeResult:
         wall_s: seconds from reset to result, the time spent waiting for other episodes of the batch included.
         actions: (steps, action dim) what was executed; with the seed, enough to replay the episode.
         video: path of the episode's video relative to the results folder; empty when there is none.
+        instruction: what the robot was asked to do; empty when the environment does not say.
+        stages: stages of the task, e.g. grasped, in the order in which the environment lists them; true when reached
+            at some step.
+        variation: what the environment varied in this episode, plain values by factor.
     """
 
     seed: int
@@ -36,6 +42,9 @@ class EpisodeResult:
     wall_s: float
     actions: np.ndarray = field(repr=False, compare=False)
     video: str = ""
+    instruction: str = ""
+    stages: Mapping[str, bool] = field(default_factory=dict)
+    variation: Mapping[str, Any] = field(default_factory=dict)
 
 
 def history_buffers(spec: PolicySpec, rows: int) -> dict[str, np.ndarray]:
@@ -50,7 +59,9 @@ class Episode:
     """One environment that plays episodes one after the other.
 
     Args:
-        env: observations are a dictionary, ``info["success"]`` is there after every step.
+        env: observations are a dictionary, ``info["success"]`` is there after every step. ``info["stages"]``,
+            ``info["variation"]`` at reset, and ``info["instruction"]`` or ``env.unwrapped.instruction`` are kept where
+            they are there.
         history: (n_obs_steps, *key.shape) per key, oldest first; filled in place, so that it may be a row of the batch
             that the policy reads.
         max_steps: limit of control steps.
@@ -67,7 +78,10 @@ class Episode:
         self._rewards: list[float] = []
         self._actions: list[np.ndarray] = []
         self._success = False
-        observation, _ = self._env.reset(seed=seed)
+        observation, info = self._env.reset(seed=seed)
+        self._instruction = str(info.get("instruction") or getattr(self._env.unwrapped, "instruction", ""))
+        self._stages: dict[str, bool] = {}
+        self._variation = _plain(info.get("variation", {}))
         for key, rows in self._history.items():
             rows[:] = observation[key]
 
@@ -90,6 +104,8 @@ class Episode:
             self._actions.append(action)
             self._rewards.append(float(reward))
             self._success |= bool(info["success"])
+            for stage, reached in info.get("stages", {}).items():
+                self._stages[stage] = self._stages.get(stage, False) or bool(reached)
             if terminated or truncated or len(self._actions) >= self._max_steps:
                 return self._result()
             for key, rows in self._history.items():
@@ -109,4 +125,12 @@ class Episode:
             episode_return=sum(self._rewards),
             wall_s=time.perf_counter() - self._started,
             actions=np.stack(self._actions),
+            instruction=self._instruction,
+            stages=self._stages,
+            variation=self._variation,
         )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they will be read back from JSON: NumPy's numbers and arrays become plain ones."""
+    return json.loads(json.dumps(dict(values), default=lambda value: value.tolist()))

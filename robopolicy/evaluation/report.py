@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from robopolicy.evaluation.compare import Comparison
 from robopolicy.evaluation.episode import EpisodeResult
+from robopolicy.evaluation.page import ACCENT, BAD, GOOD, INK, svg, templates, video_uri
 from robopolicy.evaluation.results import EvaluationResult
-
-# Colours that cannot occur otherwise; the page's style sheet gives them their meaning in light and dark mode.
-INK, ACCENT, GOOD, BAD = "#010203", "#010204", "#010205", "#010206"
-STYLE = {INK: "currentColor", ACCENT: "var(--accent)", GOOD: "var(--good)", BAD: "var(--bad)"}
 
 
 def write_report(
@@ -33,22 +23,25 @@ def write_report(
     training_curve: Sequence[tuple[float, float]] | None = None,
     comparison: Comparison | None = None,
     title: str | None = None,
+    videos_from: Path | None = None,
 ) -> None:
-    """Write the page; videos are read from the folder of ``path`` and become part of the file.
+    """Write the page; videos become part of the file.
 
     Args:
         training_curve: (step, loss) pairs of the training run.
         comparison: shown as a section of its own when given.
         title: heading; by default names the environment.
+        videos_from: the results folder; None for the folder of ``path``.
     """
-    template = _templates().get_template("report.html")
+    folder = videos_from or path.parent
+    template = templates().get_template("report.html")
     page = template.render(
         title=title or f"Evaluation on {result.protocol.task['environment']}",
         result=result,
         task=result.protocol.task,
         policy=result.protocol.policy,
         watched=_watched(result.episodes),
-        video=lambda name: _data_uri(path.parent / name),
+        video=lambda name: video_uri(folder / name),
         histogram=score_histogram(result.episodes),
         curve=training_plot(training_curve) if training_curve else None,
         comparison=comparison,
@@ -69,7 +62,7 @@ def score_histogram(episodes: Sequence[EpisodeResult]) -> Markup:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
 
-    return _svg(draw, "Histogram of the episode scores")
+    return svg(draw, "Histogram of the episode scores")
 
 
 def training_plot(curve: Sequence[tuple[float, float]]) -> Markup:
@@ -80,7 +73,7 @@ def training_plot(curve: Sequence[tuple[float, float]]) -> Markup:
         axes.plot(steps, values, color=ACCENT, linewidth=2, marker="o" if len(steps) < 40 else "", markersize=4)
         axes.set(xlabel="training step", ylabel="training loss")
 
-    return _svg(draw, "Metric over training steps")
+    return svg(draw, "Metric over training steps")
 
 
 def paired_scatter(comparison: Comparison) -> Markup:
@@ -95,53 +88,8 @@ def paired_scatter(comparison: Comparison) -> Markup:
         axes.set(xlabel=f"score of {comparison.label_b}", ylabel=f"score of {comparison.label_a}", aspect="equal")
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
 
-    return _svg(draw, "Scores of both policies, one point per seed; points above the line favour the first", (4.2, 4.2))
-
-
-def _svg(draw: Callable[[Axes], None], label: str, size: tuple[float, float] = (5.2, 2.9)) -> Markup:
-    """Draw one plot on a transparent ground, in the colours of the page."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(INK)
-        axes.tick_params(colors=INK)
-        draw(axes)
-        for text in (axes.xaxis.label, axes.yaxis.label):
-            text.set(color=INK, parse_math=False)  # a policy's name may hold a dollar sign
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    page = buffer.getvalue()
-    page = page[page.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    for placeholder, colour in STYLE.items():
-        page = page.replace(placeholder, colour)
-    return Markup(page)
+    return svg(draw, "Scores of both policies, one point per seed; points above the line favour the first", (4.2, 4.2))
 
 
 def _watched(episodes: Sequence[EpisodeResult]) -> list[EpisodeResult]:
     return sorted((e for e in episodes if e.video), key=lambda e: (e.success, e.score))
-
-
-def _data_uri(path: Path) -> str:
-    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _templates() -> jinja2.Environment:
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("robopolicy.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["number"] = _number
-    return templates
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    """A number for people: three significant digits behind the point, a dash where it is not defined."""
-    if isinstance(value, float) and math.isnan(value):
-        return "–"
-    return f"{value:,.{digits}f}" if abs(value) < 100 else f"{value:,.0f}"

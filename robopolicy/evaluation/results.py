@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from robopolicy.errors import UserError
-from robopolicy.evaluation.environments import Environment
+from robopolicy.evaluation.environments import Environment, described_options
 from robopolicy.evaluation.episode import EpisodeResult
 from robopolicy.evaluation.statistics import Interval, bootstrap_mean, wilson
 from robopolicy.spec import checked_fields
@@ -47,11 +47,38 @@ class Protocol:
     def hash(self) -> str:
         return _hash({"task": self.task, "policy": self.policy})
 
+    def save(self, path: Path) -> None:
+        """Write it with its hashes as JSON."""
+        hashes = {"task_hash": self.task_hash, "hash": self.hash}
+        write_json(path, {"format": FORMAT, **asdict(self), **hashes})
+
+    @classmethod
+    def load(cls, path: Path) -> Protocol:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing, damaged, of another format, or was changed after the evaluation.
+        """
+        values = read_text(path, json.loads)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, dict) else type(values).__name__
+            raise UserError(f"{path}: found format {found}, wanted {FORMAT}; evaluate again with this version.")
+        try:
+            protocol = cls(values["task"], values["policy"])
+            intact = (protocol.task_hash, protocol.hash) == (values["task_hash"], values["hash"])
+        except KeyError as error:
+            raise UserError(f"{path}: the entry {error} is missing; evaluate again.") from None
+        if not intact:
+            raise UserError(f"{path}: its content does not fit its hash: it was changed after the evaluation.")
+        return protocol
+
 
 def task_of(environment: Environment, seeds: Sequence[int]) -> dict[str, Any]:
-    """The comparable half of the protocol."""
+    """The comparable half of the protocol; files among the environment's options enter with the hash of their bytes."""
+    options = {"options": described_options(environment.options)} if environment.options else {}
     return {
         "environment": environment.name,
+        **options,
         "max_steps": environment.max_steps,
         "fps": environment.fps,
         "score": environment.score,
@@ -95,13 +122,11 @@ class EvaluationResult:
 
         return (
             mean("mean_score", "Mean score", f"Mean over episodes of: {task['score']}.", [e.score for e in episodes]),
-            _metric(
+            _rate(
                 "success_rate",
                 "Success rate",
                 f"Share of episodes in which {task['success']}.",
-                "Wilson score",
-                wilson(len(solved), len(episodes)),
-                len(episodes),
+                [e.success for e in episodes],
             ),
             mean("mean_steps", "Mean steps", "Mean control steps per episode.", [e.steps for e in episodes]),
             mean("steps_to_success", "Steps to success", "Mean control steps of the successful episodes.", solved),
@@ -111,6 +136,29 @@ class EvaluationResult:
                 "Mean over episodes of the sum of rewards.",
                 [e.episode_return for e in episodes],
             ),
+        )
+
+    @cached_property
+    def stages(self) -> tuple[Metric, ...]:
+        """Share of the episodes that reached each stage of the task, in the environment's order; may be empty."""
+        names = dict.fromkeys(name for e in self.episodes for name in e.stages)
+        return tuple(
+            _rate(name, name.replace("_", " "), f"Share of episodes that reached the stage '{name}'.", reached)
+            for name in names
+            if (reached := [e.stages.get(name, False) for e in self.episodes])
+        )
+
+    @cached_property
+    def instructions(self) -> tuple[Metric, ...]:
+        """Success rate by instruction, where the episodes had several; else empty."""
+        groups: dict[str, list[bool]] = {}
+        for episode in self.episodes:
+            groups.setdefault(episode.instruction, []).append(episode.success)
+        if len(groups) < 2:
+            return ()
+        return tuple(
+            _rate(text, text or "no instruction", "Success rate of its episodes.", groups[text])
+            for text in sorted(groups)
         )
 
     def metric(self, name: str) -> Metric:
@@ -135,16 +183,17 @@ class EvaluationResult:
     def save(self, folder: Path) -> None:
         """Write ``protocol.json``, ``episodes.jsonl`` and ``summary.json`` into ``folder``, which is made."""
         folder.mkdir(parents=True, exist_ok=True)
-        hashes = {"task_hash": self.protocol.task_hash, "hash": self.protocol.hash}
-        _write_json(folder / "protocol.json", {"format": FORMAT, **asdict(self.protocol), **hashes})
+        self.protocol.save(folder / "protocol.json")
         rows = [{f.name: getattr(e, f.name) for f in fields(_Row)} for e in self.episodes]
         (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         summary = {
             "protocol_hash": self.protocol.hash,
             "metrics": {m.name: asdict(m) for m in self.metrics},
+            "stages": {m.name: asdict(m) for m in self.stages},
+            "instructions": {m.name: asdict(m) for m in self.instructions},
             "throughput": self.throughput,
         }
-        _write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary)
 
     @classmethod
     def load(cls, folder: Path) -> EvaluationResult:
@@ -153,11 +202,11 @@ class EvaluationResult:
         Raises:
             UserError: a file is missing or damaged, or the protocol was changed after the evaluation.
         """
-        protocol = _load_protocol(folder / "protocol.json")
+        protocol = Protocol.load(folder / "protocol.json")
         episodes = _load_episodes(folder / "episodes.jsonl")
-        if sorted(e.seed for e in episodes) != protocol.task["seeds"]:
+        if sorted(e.seed for e in episodes) != protocol.task.get("seeds"):
             raise UserError(f"{folder / 'episodes.jsonl'}: its seeds are not those of protocol.json; evaluate again.")
-        summary = _read(folder / "summary.json", json.loads)
+        summary = read_text(folder / "summary.json", json.loads)
         try:
             wall_s = float(summary["throughput"]["wall_s"])
         except (KeyError, TypeError, ValueError):
@@ -169,23 +218,35 @@ def _metric(name: str, label: str, definition: str, method: str, interval: Inter
     return Metric(name, label, definition, method, interval.value, interval.low, interval.high, n)
 
 
+def _rate(name: str, label: str, definition: str, successes: Sequence[bool]) -> Metric:
+    interval = wilson(sum(successes), len(successes))
+    return _metric(name, label, definition, "Wilson score", interval, len(successes))
+
+
 def _hash(values: Any) -> str:
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _write_json(path: Path, values: Any) -> None:
-    """Indented JSON; numbers that are not defined become null, because JSON has no NaN."""
+def write_json(path: Path, values: Any) -> None:
+    """Write indented JSON; numbers that are not defined become null, because JSON has no NaN."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
         return None if isinstance(value, float) and math.isnan(value) else value
 
     path.write_text(json.dumps(plain(values), indent=2, allow_nan=False) + "\n")
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+def read_text(path: Path, parse: Callable[[str], Any]) -> Any:
+    """Read and parse a file of a results folder.
+
+    Raises:
+        UserError: it is missing, or ``parse`` found it damaged.
+    """
     try:
         return parse(path.read_text())
     except FileNotFoundError:
@@ -194,23 +255,8 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
         raise UserError(f"{path} is damaged ({error}); evaluate again.") from None
 
 
-def _load_protocol(path: Path) -> Protocol:
-    values = _read(path, json.loads)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path}: found format {found}, wanted {FORMAT}; evaluate again with this version.")
-    try:
-        protocol = Protocol(values["task"], values["policy"])
-        intact = (protocol.task_hash, protocol.hash) == (values["task_hash"], values["hash"])
-    except KeyError as error:
-        raise UserError(f"{path}: the entry {error} is missing; evaluate again.") from None
-    if not intact:
-        raise UserError(f"{path}: its content does not fit its hash: it was changed after the evaluation.")
-    return protocol
-
-
 def _load_episodes(path: Path) -> tuple[EpisodeResult, ...]:
-    rows = _read(path, lambda text: [json.loads(line) for line in text.splitlines()])
+    rows = read_text(path, lambda text: [json.loads(line) for line in text.splitlines()])
     nothing = np.zeros((0, 0), np.float32)
     return tuple(
         EpisodeResult(actions=nothing, **checked_fields(_Row, row, f"{path} line {i}")) for i, row in enumerate(rows, 1)
@@ -228,3 +274,6 @@ class _Row:
     episode_return: float
     wall_s: float
     video: str = ""
+    instruction: str = ""
+    stages: dict[str, bool] = field(default_factory=dict)
+    variation: dict[str, Any] = field(default_factory=dict)

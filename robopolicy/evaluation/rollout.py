@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from robopolicy.errors import UserError
 from robopolicy.evaluation.environments import Environment
 from robopolicy.evaluation.episode import EpisodeResult
-from robopolicy.evaluation.simulators import Simulators, simulators
+from robopolicy.evaluation.launch.shards import SHARD_SIZE, collecting, split_seeds
+from robopolicy.evaluation.simulators import Ended, Simulators, simulators
 from robopolicy.spec import PolicySpec
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,21 @@ class ChunkPolicy(Protocol):
         """
 
 
+class Player(Protocol):
+    """What plays the episodes of an evaluation: `rollout`, or a launcher that spreads them over machines."""
+
+    def __call__(
+        self,
+        policy: ChunkPolicy,
+        environment: Environment,
+        seeds: Sequence[int],
+        *,
+        batch_size: int = ...,
+        workers: int = ...,
+        progress: bool = ...,
+    ) -> list[EpisodeResult]: ...
+
+
 def rollout(
     policy: ChunkPolicy,
     environment: Environment,
@@ -49,80 +64,123 @@ def rollout(
     batch_size: int = 50,
     workers: int = 0,
     progress: bool = True,
+    shard_size: int = SHARD_SIZE,
+    threads: int | None = None,
 ) -> list[EpisodeResult]:
     """Play one episode for each seed.
 
-    An episode's start and the policy's random generator depend on the seed only, so neither ``batch_size`` nor
-    ``workers`` change a result (for a network: up to how its matrix products round at another batch size).
+    An episode's start and the policy's random generator depend on the seed only. What else it shares with other
+    episodes is a network's batch, whose size decides how matrix products round; so batches are formed within shards
+    (see `launch.shards`), always in the same way. With the same ``batch_size``, ``shard_size``, ``threads``, package
+    versions and kind of processor the results are therefore equal to the last bit, whatever ``workers`` is and on
+    however many machines the shards are played.
+
+    With worker processes two shards are played at a time: while one is simulated, the policy computes for the other.
 
     Args:
         seeds: all different.
-        batch_size: episodes that run at the same time; when one ends, the next seed takes its place.
+        batch_size: episodes of a shard that run at the same time; when one ends, the next seed takes its place.
         workers: processes that simulate; 0 simulates in this one.
+        shard_size: episodes per shard.
+        threads: CPU threads of the policy; None leaves torch's setting.
 
     Returns:
         One result per seed, in the order of ``seeds``.
 
     Raises:
-        UserError: policy and environment do not fit, seeds repeat, or the policy's actions are not finite.
+        UserError: policy and environment do not fit, seeds repeat, the policy's actions are not finite, or a worker
+            process dies again and again.
         ValueError: the policy's chunk has the wrong shape.
     """
-    if len(set(seeds)) != len(seeds) or not seeds:
-        raise UserError(f"Evaluation needs at least one seed and each seed once, found {list(seeds)}.")
+    shards = split_seeds(seeds, shard_size)
     if batch_size < 1 or workers < 0:
         raise UserError(f"batch_size={batch_size} must be at least 1 and workers={workers} at least 0.")
     environment.check(policy.spec)
-    began = time.perf_counter()
+    count = min(batch_size, shard_size, len(seeds))
+    lanes = min(2, len(shards)) if workers else 1
     with (
-        closing(simulators(environment, policy.spec, min(batch_size, len(seeds)), workers)) as slots,
-        tqdm(total=len(seeds), unit="episode", disable=not progress, desc=environment.name) as bar,
+        collecting(environment.name, len(seeds), progress) as results,
+        closing(simulators(environment, policy.spec, lanes * count, workers)) as slots,
+        torch_threads(threads),
     ):
-        results, policy_s = _play(policy, slots, min(batch_size, len(seeds)), deque(seeds), bar)
-    wall = time.perf_counter() - began
-    steps = sum(result.steps for result in results.values())
+        run = [_Lane(slots, range(i * count, (i + 1) * count)) for i in range(lanes)]
+        for ended in _play(policy, run, deque(shards)):
+            results.add(ended.values())
     log.info(
         "%d episodes of %s in %.1f s: %.0f steps/s, %.0f %% of the time in the policy",
-        len(results), environment.name, wall, steps / wall, 100 * policy_s / wall,
+        len(seeds), environment.name, results.seconds, results.steps / results.seconds,
+        100 * sum(lane.policy_s for lane in run) / results.seconds,
     )  # fmt: skip
-    return [results[seed] for seed in seeds]
+    return results.in_order(seeds)
 
 
-def _play(
-    policy: ChunkPolicy, slots: Simulators, count: int, waiting: deque[int], bar: tqdm
-) -> tuple[dict[int, EpisodeResult], float]:
-    """Run until no seed waits; returns the results by seed and the seconds spent in the policy."""
-    results: dict[int, EpisodeResult] = {}
-    generators: dict[int, torch.Generator] = {}  # of the running slots
-    free, policy_s, steps, began = list(range(count)), 0.0, 0, time.perf_counter()
-    while waiting or generators:
-        begin = {slot: waiting.popleft() for slot in free[: len(waiting)]}
-        slots.start(begin)
-        generators |= {slot: torch.Generator().manual_seed(seed) for slot, seed in begin.items()}
-        running = sorted(generators)
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Set torch's CPU threads for a while; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _play(policy: ChunkPolicy, lanes: Sequence[_Lane], shards: deque[Sequence[int]]) -> Iterator[Ended]:
+    """Play all shards; a lane that has finished its shard takes the next one."""
+    lanes = list(lanes)
+    while lanes:
+        for lane in tuple(lanes):
+            yield lane.finish()
+            if not lane.busy:
+                if not shards:
+                    lanes.remove(lane)
+                    continue
+                lane.waiting.extend(shards.popleft())
+            lane.begin(policy)
+
+
+class _Lane:
+    """Slots that play one shard at a time.
+
+    Attributes:
+        waiting: the shard's seeds that have no slot yet.
+        policy_s: seconds spent in the policy.
+    """
+
+    def __init__(self, simulators: Simulators, slots: Sequence[int]) -> None:
+        self._simulators = simulators
+        self._slots = slots
+        self._generators: dict[int, torch.Generator] = {}  # of the running slots
+        self._executed: Callable[[], Ended] = dict
+        self.waiting: deque[int] = deque()
+        self.policy_s = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self._generators)
+
+    def begin(self, policy: ChunkPolicy) -> None:
+        """Fill the free slots, ask the policy for the running ones, begin to execute its chunks."""
+        free = [slot for slot in self._slots if slot not in self._generators]
+        starts = {slot: self.waiting.popleft() for slot in free[: len(self.waiting)]}
+        if starts:
+            self._simulators.start(starts)
+        self._generators |= {slot: torch.Generator().manual_seed(seed) for slot, seed in starts.items()}
+        running = sorted(self._generators)
+        observations = {key: rows[running] for key, rows in self._simulators.histories.items()}
         asked = time.perf_counter()
-        chunks = _chunks(policy, {key: rows[running] for key, rows in slots.histories.items()}, generators, running)
-        policy_s += time.perf_counter() - asked
-        ended = slots.execute(chunks)
-        for slot, result in ended.items():
-            results[result.seed] = result
-            steps += result.steps
-            del generators[slot]
-        free = sorted(ended)
-        if ended:
-            rate = sum(result.success for result in results.values()) / len(results)
-            bar.set_postfix_str(f"success {rate:.2f}, {steps / (time.perf_counter() - began):.0f} steps/s", False)
-            bar.update(len(ended))
-    return results, policy_s
+        actions = policy.act(observations, [self._generators[slot] for slot in running])
+        self.policy_s += time.perf_counter() - asked
+        actions = np.asarray(actions, dtype=np.float32)
+        wanted = (len(running), policy.spec.n_action_steps, policy.spec.action.dim)
+        if actions.shape != wanted:
+            raise ValueError(f"The policy's chunk has shape {actions.shape}, wanted {wanted}.")
+        self._executed = self._simulators.execute(dict(zip(running, actions, strict=True)))
 
-
-def _chunks(
-    policy: ChunkPolicy,
-    observations: Mapping[str, np.ndarray],
-    generators: Mapping[int, torch.Generator],
-    running: Sequence[int],
-) -> dict[int, np.ndarray]:
-    actions = np.asarray(policy.act(observations, [generators[slot] for slot in running]), dtype=np.float32)
-    wanted = (len(running), policy.spec.n_action_steps, policy.spec.action.dim)
-    if actions.shape != wanted:
-        raise ValueError(f"The policy's chunk has shape {actions.shape}, wanted {wanted}.")
-    return dict(zip(running, actions, strict=True))
+    def finish(self) -> Ended:
+        """Wait until the chunks are executed; returns the results of the episodes that ended."""
+        ended = self._executed()
+        self._executed = dict
+        for slot in ended:
+            del self._generators[slot]
+        return ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,9 @@ class TaskConfig:
         action: the action key.
         n_obs_steps, horizon, n_action_steps: see `robopolicy.spec.PolicySpec`.
         fps: control steps per second; None takes the dataset's.
-        environment: simulated environment for evaluation; empty when there is none.
+        environment: simulated environment for evaluation; ``dataset`` takes the one that the dataset was recorded in,
+            empty when there is none.
+        environment_options: its constructor's arguments, JSON values.
         schema: overrides of what the dataset says or lets infer: array name to fields (role, unit, …).
     """
 
@@ -53,6 +56,7 @@ class TaskConfig:
     n_action_steps: int = 8
     fps: float | None = None
     environment: str = ""
+    environment_options: dict[str, Any] = field(default_factory=dict)
     schema: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,6 +70,24 @@ def open_dataset(task: TaskConfig, data: DataConfig) -> EpisodeStore:
     if store.n_episodes == 0:
         raise UserError(f"{data.path} holds no episode. Record some: robopolicy record --help")
     return store
+
+
+def task_environment(task: TaskConfig, store: EpisodeStore) -> tuple[str, dict[str, Any]]:
+    """The environment to judge the policy in and its options; the task's options add to the recording's.
+
+    Raises:
+        UserError: the task wants the dataset's environment, and the dataset does not say it.
+    """
+    if task.environment != "dataset":
+        return task.environment, task.environment_options
+    attributes = store.schema.attributes
+    if "env_id" not in attributes:
+        raise UserError(
+            f"{store.path} does not say in which environment it was recorded. Name it: task.environment=lift, or "
+            "task.environment='' if there is none."
+        )
+    options = attributes.get("environment_options", {})
+    return str(attributes["env_id"]), {**options, **task.environment_options}
 
 
 def task_spec(task: TaskConfig, store: EpisodeStore) -> PolicySpec:
@@ -101,13 +123,15 @@ def _complete(key: TaskKey, store: EpisodeStore, vector_role: Role) -> KeySpec:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Loaders and normalisers of one run."""
+    """Loaders and normalisers of one run, and the environment to judge its policy in."""
 
     spec: PolicySpec
     training: WindowLoader
     validation: WindowLoader | None
     normalizer: Normalizer
     fingerprint: str
+    environment: str
+    environment_options: dict[str, Any]
 
 
 def prepare_data(task: TaskConfig, data: DataConfig, train: TrainConfig, processes: Processes) -> TrainingData:
@@ -131,7 +155,8 @@ def prepare_data(task: TaskConfig, data: DataConfig, train: TrainConfig, process
         held_out = _held_out(loader, validation, train)
     log.info("%d training episodes, %d windows; %d held out", training.sum(), len(loader.windows), validation.sum())
     steps = _steps_of(training, store.episode_ends)
-    return TrainingData(spec, loader, held_out, _fit(loader, spec, data, steps), store.fingerprint())
+    normalizer = _fit(loader, spec, data, steps)
+    return TrainingData(spec, loader, held_out, normalizer, store.fingerprint(), *task_environment(task, store))
 
 
 def _held_out(loader: WindowLoader, validation: np.ndarray, train: TrainConfig) -> WindowLoader | None:

@@ -174,7 +174,11 @@ class Run:
         }
 
     def save_bundle(self, path: Path, metrics: Mapping[str, float]) -> Path:
-        task = {"name": self.config.task.name, "environment": self.config.task.environment}
+        task = {
+            "name": self.config.task.name,
+            "environment": self.data.environment,
+            "environment_options": self.data.environment_options,
+        }
         return save_bundle(self.averaged_policy(), path, task=task, provenance=self.provenance(metrics))
 
 

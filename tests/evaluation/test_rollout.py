@@ -1,21 +1,20 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
-from contextlib import closing
+import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 
 from robopolicy.errors import UserError
 from robopolicy.evaluation import pusht
 from robopolicy.evaluation.environments import PUSHT
 from robopolicy.evaluation.rollout import rollout
-from robopolicy.evaluation.simulators import simulators
 from robopolicy.spec import PolicySpec
 
-from .conftest import Counter, RandomPusher, Script, scripted_environment
+from .conftest import Counter, RandomPusher, Script, same, scripted_environment
 
 SHORT_PUSHT = replace(PUSHT, max_steps=40)
 SEEDS = list(range(100_000, 100_006))
@@ -79,10 +78,6 @@ def test_max_steps_ends_an_episode_inside_a_chunk():
     assert result.steps == 7
 
 
-def same(a, b) -> bool:
-    return all(x == replace(y, wall_s=x.wall_s) and np.array_equal(x.actions, y.actions) for x, y in zip(a, b))  # noqa: B905
-
-
 def test_a_seed_has_the_same_outcome_at_every_batch_size(pusher):
     reference = play(pusher, SHORT_PUSHT, SEEDS, batch_size=1)
     assert len({r.actions.tobytes() for r in reference}) == len(SEEDS), (
@@ -96,6 +91,39 @@ def test_a_seed_has_the_same_outcome_in_another_company_and_order(pusher):
     reference = play(pusher, SHORT_PUSHT, SEEDS)
     assert same(reversed(reference), play(pusher, SHORT_PUSHT, SEEDS[::-1], batch_size=4))
     assert same(reference[3:4], play(pusher, SHORT_PUSHT, SEEDS[3:4]))
+
+
+def test_batches_are_formed_within_shards():
+    policy = Counter(n_action_steps=3)
+    play(policy, scripted_environment(Script(lambda seed: [0.0] * seed)), [1, 4, 2, 5, 3], shard_size=2)
+    assert [seen[:, 0, 0].tolist() for seen in policy.seen] == [[1, 4], [4], [2, 5], [5], [3]]
+
+
+@dataclass
+class BatchReader(RandomPusher):
+    """Its actions depend on which rows are in a batch, and in which order, as a network's last digits do."""
+
+    def act(self, observations, generators):
+        digest = zlib.crc32(np.ascontiguousarray(observations["observation.state"]).tobytes())
+        return super().act(observations, generators) + digest / 2**32
+
+
+def test_workers_that_play_two_shards_at_a_time_keep_the_batches():
+    reference = play(BatchReader(), SHORT_PUSHT, SEEDS, shard_size=2)
+    assert same(reference, play(BatchReader(), SHORT_PUSHT, SEEDS, shard_size=2, workers=3))
+    assert same(reference[2:4], play(BatchReader(), SHORT_PUSHT, SEEDS[2:4], shard_size=50))
+    assert not same(reference, play(BatchReader(), SHORT_PUSHT, SEEDS, shard_size=3)), "or this test means nothing"
+
+
+def test_the_policy_computes_with_the_threads_asked_for(pusher):
+    class Threads(RandomPusher):
+        def act(self, observations, generators):
+            self.seen = torch.get_num_threads()
+            return super().act(observations, generators)
+
+    policy, before = Threads(), torch.get_num_threads()
+    play(policy, replace(SHORT_PUSHT, max_steps=8), [3], threads=before + 1)
+    assert (policy.seen, torch.get_num_threads()) == (before + 1, before)
 
 
 @dataclass
@@ -132,16 +160,6 @@ def test_actions_that_are_not_finite_are_refused(workers):
 def test_what_goes_wrong_while_a_worker_opens_its_environments_is_raised_here(pusher):
     with pytest.raises(TypeError, match="os.PathLike"):
         play(pusher, replace(PUSHT, build=os.fspath), [0], workers=1)
-
-
-def test_a_worker_that_dies_is_reported(pusher):
-    with closing(simulators(PUSHT, pusher.spec, slots=2, workers=2)) as slots:
-        slots.start({0: 1, 1: 2})
-        (worker,) = (p for p in multiprocessing.active_children() if p.name == "sim-1")
-        worker.kill()
-        with pytest.raises(UserError, match="worker 1 ended with exit code -9"):
-            slots.start({0: 3, 1: 4})
-    assert not multiprocessing.active_children()
 
 
 def test_a_chunk_of_the_wrong_length_is_refused(pusher):
