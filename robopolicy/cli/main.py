@@ -24,7 +24,8 @@ From demonstrations to a deployed policy.
                             robopolicy data doctor data/push_puck.zarr
   3. train a policy         robopolicy train task=push_puck policy=diffusion_unet_small data.path=data/push_puck.zarr
   4. judge it               robopolicy eval bundle=runs/push_puck/…/bundles/last episodes=200
-  5. compare two policies    robopolicy compare results/a results/b
+  5. compare two policies   robopolicy compare results/a results/b
+  6. trust the simulation?  robopolicy fidelity --real real.csv --sim a=results/a b=results/b c=results/c
 
 All of it on an example, in about ten minutes: robopolicy demo
 Every verb explains itself: robopolicy train --help
@@ -32,14 +33,14 @@ Every verb explains itself: robopolicy train --help
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from robopolicy.cli import compare, data, demo, evaluate, record, train
+    from robopolicy.cli import compare, data, demo, evaluate, fidelity, record, select, train
 
     parser = argparse.ArgumentParser(
         prog="robopolicy", description=TUTORIAL, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"robopolicy {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module in (record, data, train, evaluate, compare, demo):
+    for module in (record, data, train, evaluate, compare, fidelity, select, demo):
         module.add_parser(verbs)
     return parser
 

@@ -50,6 +50,7 @@ PROMISED = {
         "results/first/report.html results/first/summary.json results/first/episodes.jsonl "
         "results/first/protocol.json results/fast/report.html results/comparison.html"
     ),
+    "fidelity.md": "fidelity.html results/a/report.html results/b/report.html selection.json",
     "simulation.md": "data/push_puck.zarr data/noisy.zarr data/images.zarr/data/observation.image.top",
     "bundles.md": (
         "runs/first/bundles/last/bundle.yaml runs/first/bundles/last/model.safetensors "
@@ -58,11 +59,23 @@ PROMISED = {
 }
 
 
+HERE_DOCUMENT = re.compile(r"^cat > (\S+) <<'(\w+)'\n(.*?)^\2\n", re.MULTILINE | re.DOTALL)
+
+
 def commands(page: Path, mark: str = "") -> list[list[str]]:
-    """The words of every command in the page's blocks ```` ```sh<mark> ````."""
+    """The words of every command in the page's blocks ```` ```sh<mark> ````; a here document's text is one word."""
     blocks = re.findall(rf"^```sh{mark}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    text, *documents = HERE_DOCUMENT.split("".join(blocks))
+    found = lines(text)
+    for file, _, content, text in zip(*[iter(documents)] * 4, strict=True):
+        found += [["cat", ">", file, content], *lines(text)]
+    return found
+
+
+def lines(text: str) -> list[list[str]]:
+    """The words of each command of a text without here documents."""
+    split = (shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines())
+    return [words for words in split if words]
 
 
 def shortened(words: list[str]) -> list[str]:
@@ -76,6 +89,8 @@ def execute(words: list[str]) -> None:
         assert main(shortened(words)) == 0
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    elif words[:2] == ["cat", ">"]:
+        Path(words[2]).write_text(words[3])
     else:
         assert words[0] in ("mkdir", "cp"), f"nobody knows how to test '{words[0]}'"
         subprocess.run(words, check=True)

@@ -59,7 +59,7 @@ class Arm:
         gripper: the gripper.
         max_velocity: joint velocity limits [rad/s].
         max_acceleration: joint acceleration limits [rad/s^2].
-        reach: published reach, without the gripper [m].
+        reach: published reach, without the gripper; of a user's arm the length from joint 2 to the TCP [m].
         base: name of the root body, whose frame is the base frame.
         camera: name of the camera on the hand; None where there is none.
         actuators: actuators of ``joints``; by default they share the joints' names.
@@ -132,16 +132,16 @@ SO101 = Arm(
     name="so101",
     xml=ARMS_FOLDER / "so101.xml",
     joints=tuple(f"joint{i}" for i in range(1, 6)),
-    home=(-0.07865, -0.10019, 0.20399, 1.46699, -1.60077),
+    home=(-0.00121, -0.28094, 0.77936, 1.07238, 0.04747),
     tcp_site="tcp",
     gripper=Gripper(
         actuator="gripper",
         closed=-0.174533,
-        open=1.0,
+        open=0.75,
         joints=("finger_jaw",),
         joint_closed=-0.174533,
-        joint_open=1.0,
-        stroke=0.079,
+        joint_open=0.75,
+        stroke=0.066,
     ),
     # 45 rpm, the servo's speed without load.
     max_velocity=(4.71,) * 5,
@@ -176,7 +176,8 @@ def arm_spec(arm: Arm) -> mujoco.MjSpec:
     try:
         spec = mujoco.MjSpec.from_file(str(arm.xml))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{arm.xml} is not a model that MuJoCo can read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{arm.xml} is not a model that MuJoCo can read: {reason}") from error
     for key in list(spec.keys):
         spec.delete(key)
     return spec

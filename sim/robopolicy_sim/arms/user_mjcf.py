@@ -13,6 +13,8 @@ import numpy as np
 from robopolicy_sim.arms.arm import Arm, Gripper, arm_spec
 
 SETTLING_TIME = 2.0
+TIME_STEP = 0.005
+_INSTABILITIES = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
 
 
 def arm_from_mjcf(
@@ -77,18 +79,21 @@ def arm_from_mjcf(
     arm = replace(
         draft,
         actuators=tuple(_servo(model, joint, path) for joint in joints),
-        base=model.body(model.body_rootid[model.joint(joints[0]).bodyid[0]]).name,
+        base=_root_body(model, joints[0], path),
         reach=_stretched_length(model, draft),
     )
     return replace(arm, gripper=_measured_gripper(model, arm, gripper_closed, gripper_open))
 
 
 def _compile(arm: Arm) -> mujoco.MjModel:
+    spec = arm_spec(arm)
+    # As the tasks simulate it, whatever the file says.
+    spec.option.timestep, spec.option.integrator = TIME_STEP, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     try:
-        return arm_spec(arm).compile()
+        return spec.compile()
     except ValueError as error:
-        message = str(error)
-        raise ValueError(message if str(arm.xml) in message else f"{arm.xml} does not compile: {message}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{arm.xml} does not compile: {reason}") from error
 
 
 def _check_names(model: mujoco.MjModel, arm: Arm) -> None:
@@ -118,6 +123,13 @@ def _check_home(model: mujoco.MjModel, arm: Arm) -> None:
             raise ValueError(
                 f"{arm.xml}: home of joint '{name}' is {position:g}, outside its range {low:g} .. {high:g}."
             )
+
+
+def _root_body(model: mujoco.MjModel, joint: str, path: Path) -> str:
+    name = model.body(model.body_rootid[model.joint(joint).bodyid[0]]).name
+    if not name:
+        raise ValueError(f"{path}: the body that joint '{joint}' is mounted on has no name; give the root body one.")
+    return name
 
 
 def _servo(model: mujoco.MjModel, joint: str, path: Path) -> str:
@@ -177,8 +189,13 @@ def _settled(model: mujoco.MjModel, arm: Arm, joint: str, control: float) -> flo
         data.joint(name).qpos = position
         data.actuator(actuator).ctrl = position
     data.actuator(arm.gripper.actuator).ctrl = control
-    for _ in range(math.ceil(SETTLING_TIME / model.opt.timestep)):
+    for _ in range(round(SETTLING_TIME / TIME_STEP)):
         mujoco.mj_step(model, data)
+    if any(data.warning[kind].number for kind in _INSTABILITIES):
+        raise ValueError(
+            f"{arm.xml}: the arm is unstable when its servos hold it at home with a time step of "
+            f"{TIME_STEP * 1e3:g} ms; lower the servos' gains or raise the joints' armature."
+        )
     return float(data.joint(joint).qpos[0])
 
 

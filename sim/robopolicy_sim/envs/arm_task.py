@@ -104,6 +104,11 @@ class ArmTaskEnv(MujocoTaskEnv):
             data.site_xmat[self._tcp].reshape(3, 3).copy(),
         )
 
+    @property
+    def home_yaw(self) -> float:
+        """Heading of the tool at home, in radians."""
+        return float(np.arctan2(self._home_rotation[1, 0], self._home_rotation[0, 0]))
+
     def opening(self) -> float:
         """Measured opening of the gripper, 0 closed to 1 open."""
         return self.arm.gripper.share(self.data.qpos[self._gripper_qpos])
@@ -138,6 +143,10 @@ class ArmTaskEnv(MujocoTaskEnv):
         """Speed of a free body in m/s."""
         start = self.model.jnt_dofadr[self.model.body(body).jntadr[0]]
         return float(np.linalg.norm(self.data.qvel[start : start + 3]))
+
+    def pads_middle(self) -> np.ndarray:
+        """Position (3,) midway between the finger pads, which is not the TCP where only one jaw moves."""
+        return self.data.geom_xpos[self._pads].mean(axis=0)
 
     def start_tool(self, position: np.ndarray) -> None:
         """Start the episode with the tool at a position (3,), pointing down, instead of the home posture."""
@@ -243,7 +252,7 @@ class ArmTaskEnv(MujocoTaskEnv):
     def _load_model(self) -> mujoco.MjModel:
         spec = mujoco.MjSpec.from_file(str(SCENES / self.scene))
         frame = spec.worldbody.add_frame(pos=self.base_position)
-        frame.attach_body(arm_spec(self.arm).body("base"), "", "")
+        frame.attach_body(arm_spec(self.arm).body(self.arm.base), "", "")
         self._furnish(spec)
         self.variations.edit(spec)
         return spec.compile()

@@ -94,7 +94,7 @@ class PushPuckEnv(MujocoTaskEnv):
         """Start an episode.
 
         Args:
-            options: ``{"state": vector}`` starts at rest from a state (6,) as observed; the seed settles the puck's yaw.
+            options: ``{"state": vector}`` starts at rest from an observed state (6,); the seed settles the puck's yaw.
 
         Raises:
             ValueError: the state is out of the pusher's reach, or pusher and puck overlap.

@@ -76,4 +76,5 @@ class GraspingExpert(ScriptedExpert):
     def grasp_yaw(self, body: str, quarter_turn: bool) -> float:
         """Hand heading that closes on a pair of the block's faces; of two half turns the one nearer to home."""
         quarter = np.pi / 2 if quarter_turn else 0.0
-        return nearest_turn(self.env.yaw(body) + quarter, np.pi, reference=np.pi / 4 if quarter_turn else -np.pi / 4)
+        side = np.pi / 4 if quarter_turn else -np.pi / 4
+        return nearest_turn(self.env.yaw(body) + quarter, np.pi, reference=self.env.home_yaw + side)

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from robopolicy_sim.control import ToolTarget
-from robopolicy_sim.experts.grasping import HOVER, SLIPS, GraspingExpert
+from robopolicy_sim.experts.grasping import HOVER, GraspingExpert
 from robopolicy_sim.experts.scripted import nearest_turn, top_down
 from robopolicy_sim.kinematics import rotation_error, rotation_from_vector
 
 if TYPE_CHECKING:
     from robopolicy_sim.envs.peg_insert import PegInsertEnv
 
-GRIP = 0.022  # m above the peg's middle at which it is held
+GRIP = 0.5  # of the peg's half length above its middle, where it is held
+OPENED = 0.03  # m that the gripper is open beyond the peg's width
+HEADINGS = {"a": np.radians(20), "b": np.radians(110)}  # the hand's, within 45 degrees: all arms can turn that far
 ABOVE = 0.015  # m above the hole's mouth at which the peg is turned and aligned
-AIM_TOLERANCE = 0.004  # m
+AIM_TOLERANCE = 0.003  # m
 ALIGNED = 0.001  # m and
 ALIGNED_ANGLE = 0.02  # rad that the peg may be off before it is lowered
 MOST_STEPS = 60  # for aligning it
@@ -26,37 +28,46 @@ STUCK = 8  # steps without going down after which the peg is raised again
 
 
 class PegInsertExpert(GraspingExpert):
-    """Modes: the pair of faces that is grasped (``a``, ``b``), and whether the peg is turned ``left`` or ``right`` to fit the hole."""
+    """Modes: the pair of faces that is grasped (``a``, ``b``), and the hand's heading above the hole, 0 or 90 degrees from the hole's.
+
+    Together they settle which of the peg's four ways round fits the hole in the end.
+    """
 
     env: PegInsertEnv
 
     @classmethod
     def modes(cls, env: PegInsertEnv) -> tuple[str, ...]:  # type: ignore[override]
-        return ("a_left", "a_right", "b_left", "b_right")
+        return ("a_0", "a_90", "b_0", "b_90")
 
     def script(self) -> Iterator[ToolTarget]:
         env = self.env
         while True:
             yield from self.grasp_peg()
-            yield from self.rise(float(env.peg_above(2 * ABOVE)[2] - env.position("peg")[2]))
-            turn = (env.yaw("socket") - env.yaw("peg")) % (np.pi / 2)
-            yaw = env.yaw("peg") + (turn if self.mode.endswith("left") else turn - np.pi / 2)
+            if self._holds_peg():
+                yield from self.rise(float(env.peg_above(2 * ABOVE)[2] - env.position("peg")[2]))
+                rotation = rotation_from_vector(np.array([0.0, 0.0, self._fitting_yaw()]))
             while self._holds_peg():
-                yield from self.insert(rotation_from_vector(np.array([0.0, 0.0, yaw])))
+                yield from self.insert(rotation)
 
     def grasp_peg(self) -> Iterator[ToolTarget]:
-        """Close the gripper on the upper half of the peg; try again until it holds it."""
+        """Close the gripper on the upper half of the peg."""
         env = self.env
-        while not env.grasped("peg"):
-            yield from self.grip(1.0, steps=3 if env.opening() < 0.9 else 0)
-            place = env.position("peg") + [0, 0, GRIP]
-            # The hand's headings stay within a quarter turn of its home heading, also after the turn to fit.
-            middle = -np.pi / 4 if self.mode.startswith("a") else np.pi / 4
-            rotation = top_down(nearest_turn(env.yaw("peg"), np.pi / 2, reference=middle))
-            yield from self.move(place + [0, 0, HOVER], rotation, tolerance=0.01)
-            yield from self.move(place, rotation, speed=0.6)
-            yield from self.grip(0.0)
-            yield from self.wait(0 if env.grasped("peg") else SLIPS)
+        share = min(1.0, (2 * env.half_width + OPENED) / env.arm.gripper.stroke)
+        yield from self.grip(share, steps=4)
+        place = env.position("peg") + [0, 0, GRIP * env.half_length]
+        rotation = top_down(nearest_turn(env.yaw("peg"), np.pi / 2, reference=HEADINGS[self.mode[0]]))
+        yield from self.move(self.pads_at(place, rotation) + [0, 0, HOVER * env.size], rotation, tolerance=0.008)
+        yield from self.move(self.pads_at(place, rotation), rotation, speed=0.6)
+        yield from self.grip(0.0)
+
+    def _fitting_yaw(self) -> float:
+        """The peg's yaw, one of four that fit, for which the hand has the mode's heading."""
+        env = self.env
+        frame = env.tool_state().rotation
+        heading = np.arctan2(frame[1, 0], frame[0, 0])
+        hole = env.yaw("socket")
+        wanted = hole + np.radians(float(self.mode.split("_")[1]))
+        return nearest_turn(hole, np.pi / 2, reference=env.yaw("peg") + nearest_turn(wanted - heading, 2 * np.pi))
 
     def insert(self, rotation: np.ndarray) -> Iterator[ToolTarget]:
         """Align the held peg above the hole and lower it; when it goes no deeper, raise it again."""
@@ -81,8 +92,8 @@ class PegInsertExpert(GraspingExpert):
     def _holds_peg(self) -> bool:
         """Whether the peg is where a closed gripper holds it; contact alone flickers while it is moved."""
         env = self.env
-        held = env.position("peg") + GRIP * env.rotation("peg")[:, 2]
-        return self.opening == 0 and float(np.linalg.norm(env.tool_state().position - held)) < LOST
+        held = env.position("peg") + GRIP * env.half_length * env.rotation("peg")[:, 2]
+        return self.opening == 0 and float(np.linalg.norm(env.pads_middle() - held)) < LOST
 
     def _tool_for_peg(self, position: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tool pose that brings the peg, as it is held now, to a pose."""

@@ -149,11 +149,17 @@ class ScriptedExpert(ABC):
         self.opening = opening
         yield from self.wait(steps)
 
+    def pads_at(self, point: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+        """Tool position (3,) that brings the middle between the pads, as far open as they are now, to a point."""
+        state = self.env.tool_state()
+        shift = state.rotation[:, 1] @ (self.env.pads_middle() - state.position)
+        return point - shift * rotation[:, 1]
+
     def aim(self, position: np.ndarray, *, tolerance: float, direction: np.ndarray | None = None) -> np.ndarray:
         """The position (3,) that this expert takes a critical target for: some miss it, in the plane.
 
         Args:
-            tolerance: how far the target may be missed without consequence [m]. A mistake is 1.6 to 2.4 times as far.
+            tolerance: how far the target may be missed without consequence [m]. A mistake is 2 to 2.6 times as far.
             direction: unit vector (3,) in which it is missed; None draws one.
         """
         angle = self.rng.uniform(-np.pi, np.pi)
@@ -161,7 +167,7 @@ class ScriptedExpert(ABC):
             direction = np.array([np.cos(angle), np.sin(angle), 0.0])
         if self.quality == "failing" or (self.quality == "recovering" and self._mistakes == 0):
             self._mistakes += 1
-            return position + self.rng.uniform(1.6, 2.4) * tolerance * direction
+            return position + self.rng.uniform(2.0, 2.6) * tolerance * direction
         if self.quality == "sloppy":
             return position + self.rng.uniform(0, 0.5) * tolerance * direction
         return position
