@@ -1,4 +1,4 @@
-"""``robopolicy data``: look at datasets, check and mend them, and make new ones out of them."""
+"""``robopolicy data``: look at datasets, check and mend them, ask how good they are, make new ones out of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from robopolicy.cli import data_questions
 from robopolicy.errors import UserError
 
 _SHOW = """\
@@ -56,7 +57,9 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb ``data`` and its sub-verbs to the command line."""
-    parser = subparsers.add_parser("data", help="show, check, mend, merge, split datasets", description=__doc__)
+    parser = subparsers.add_parser(
+        "data", help="show, check, mend, judge, merge, split, augment datasets", description=__doc__
+    )
     verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
 
     show = _verb(verbs, "show", "what a dataset holds", _SHOW, _show)
@@ -85,6 +88,8 @@ def add_parser(subparsers: Any) -> None:
     drop = _verb(verbs, "drop", "a new dataset without some episodes", _DROP, _drop)
     drop.add_argument("out", type=Path, metavar="OUT")
     drop.add_argument("--episodes", required=True, metavar="LIST", help="e.g. 3,7-9 (counted from 0)")
+
+    data_questions.add_verbs(verbs)
 
 
 def _verb(verbs: Any, name: str, text: str, epilog: str, run: Any, path: bool = True) -> argparse.ArgumentParser:

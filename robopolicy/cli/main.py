@@ -19,6 +19,7 @@ TUTORIAL = """\
 From demonstrations to a deployed policy.
 
   1. get demonstrations     robopolicy record --task push_puck --episodes 200 --out data/push_puck.zarr
+                            robopolicy teleoperate --task lift --out data/lift.zarr
                             (datasets of diffusion_policy and UMI, .zarr or .zarr.zip, work as they are)
   2. look at them           robopolicy data show data/push_puck.zarr
                             robopolicy data doctor data/push_puck.zarr
@@ -33,14 +34,14 @@ Every verb explains itself: robopolicy train --help
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from robopolicy.cli import compare, data, demo, evaluate, fidelity, record, select, train
+    from robopolicy.cli import compare, data, demo, evaluate, fidelity, record, select, teleoperate, train
 
     parser = argparse.ArgumentParser(
         prog="robopolicy", description=TUTORIAL, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"robopolicy {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module in (record, data, train, evaluate, compare, fidelity, select, demo):
+    for module in (record, teleoperate, data, train, evaluate, compare, fidelity, select, demo):
         module.add_parser(verbs)
     return parser
 

@@ -3,17 +3,19 @@
 After Corrado et al., "Guided Data Augmentation for Offline Reinforcement Learning and Imitation Learning" (GuDA, 2023):
 random augmentations of a demonstration mostly show bad behaviour; guided ones are restricted to those that look like an
 expert, which a person can tell from the progress that they make. Here the person chooses the transforms and their
-ranges (`Guidance`), and the simulator checks the progress: each moved demonstration is carried out from its moved start,
-and only one that succeeds, and needs no longer than its source, is kept. What is stored is what the simulator observed,
-so physics that is not symmetric (gravity, joint limits, walls) cannot enter the data wrongly.
+ranges (`Guidance`), and the simulator checks the progress: each moved demonstration is carried out from its moved
+start, and only one that succeeds within half a second of the end of its actions is kept. GuDA augments segments; here
+whole demonstrations are moved, so that success can be judged. What is stored is what the simulator observed, so
+physics that is not symmetric (joint limits, walls) cannot enter the data wrongly.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from robopolicy.errors import UserError, did_you_mean
 
 TRANSFORMS = ("rotate", "mirror", "shift", "pace")
 _SETTLE_TIME = 0.5  # seconds for which the last action is held: a moved episode may need a step or two more
+_START_TOLERANCE = 0.005  # of a start state that was asked for: metres, and entries of rotation matrices
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,9 @@ class _Replayer:
         """
         env = self.env
         start = transform.move(source[self.start_key][0], self.start_layout)
-        moved = transform.move(transform.repace(source["action"].astype(np.float64), self.action_layout), self.action_layout)
+        moved = transform.move(
+            transform.repace(source["action"].astype(np.float64), self.action_layout), self.action_layout
+        )
         actions = moved.astype(env.action_space.dtype)
         if not ((actions >= env.action_space.low) & (actions <= env.action_space.high)).all():
             raise _Impossible
@@ -138,6 +143,7 @@ class _Replayer:
             observation, _ = env.reset(seed=seed, options={self.start_key.removeprefix("observation."): start})
         except ValueError as error:
             raise _Impossible from error
+        self._check_start(observation[self.start_key], start)
         settle = round(_SETTLE_TIME * env.metadata["render_fps"])
         steps: list[dict[str, Any]] = []
         info: Mapping[str, Any] = {}
@@ -149,6 +155,16 @@ class _Replayer:
                 break
         arrays = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
         return Episode(arrays, getattr(env.unwrapped, "instruction", ""), bool(info["success"]), seed)
+
+    def _check_start(self, observed: np.ndarray, wanted: np.ndarray) -> None:
+        """A copy must start where it was asked to, or its actions belong to another scene."""
+        wrong = np.flatnonzero(np.abs(observed - wanted) > _START_TOLERANCE)
+        if len(wrong):
+            names = self.env.unwrapped.metadata["names"][self.start_key]
+            raise UserError(
+                f"{self.env.spec.id}: reset(options=...) did not place {', '.join(names[i] for i in wrong)} as asked "
+                f"(found {observed[wrong]}, wanted {wanted[wrong]}); this task cannot be augmented."
+            )
 
 
 def augment_demonstrations(
@@ -182,17 +198,22 @@ def augment_demonstrations(
         raise UserError(f"--copies: found {copies}, wanted at least 1.")
     check_free(out)
     with EpisodeStore.open(source) as store:
-        chosen, report = _choose(store, EnvironmentRecipe(env_id), guidance, copies, seed, progress)
+        options = dict(store.schema.attributes.get("environment_options", {}))
+        recipe = EnvironmentRecipe(env_id, options=json.dumps(options))
+        chosen, report = _choose(store, recipe, guidance, copies, seed, progress)
         if chosen:
             attributes = {
                 "source": "guided augmentation",
                 "augmented": {"dataset": store.path.name, "fingerprint": store.fingerprint()},
                 "env_id": env_id,
+                "environment_options": options,
                 "seed": seed,
                 "guidance": asdict(guidance),
                 "episodes": [{"source_episode": e, **transform.to_dict()} for e, transform in chosen],
             }
-            _store(store, out, EnvironmentRecipe(env_id, *_cameras(store)), chosen, attributes, progress)
+            cameras, image_size = _cameras(store)
+            with_images = replace(recipe, cameras=cameras, image_size=image_size)
+            _store(store, out, with_images, chosen, attributes, progress)
     return AugmentationReport(path=out if chosen else None, kept=len(chosen), **report)
 
 
@@ -246,6 +267,11 @@ def _store(
             for episode, transform in _bar(chosen, "writing", progress):
                 source = store.episode(episode, (replayer.start_key, "action"))
                 played = replayer.play(source, transform, _seed(store, episode))
+                if not played.success:
+                    raise UserError(
+                        f"{recipe.env_id}: an episode that succeeded failed when it was repeated. Copies can only be "
+                        f"judged where the same seed and actions give the same episode. {out} is incomplete; delete it."
+                    )
                 target.append(played.arrays, task=played.task, success=played.success)
 
 

@@ -1,7 +1,7 @@
 """Demonstrations moved in the plane of the table: rotated, mirrored, shifted, played faster or slower.
 
-A vector's column names tell how it moves: ``*_x, *_y`` is a point, ``*_yaw`` a heading, ``*_r11 .. *_r32`` the first two
-columns of a rotation matrix, ``*_z`` and the gripper's ``opening`` stay. The z axis points up.
+A vector's column names tell how it moves: ``*_x, *_y`` is a point, ``*_yaw`` a heading, ``*_r11 .. *_r32`` the first
+two columns of a rotation matrix, ``*_z`` and the gripper's ``opening`` stay. The z axis points up.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ RESAMPLES = 2000
 _ENTROPY_NEIGHBOUR = 4
 _MOST_STEPS = 20_000  # asked about; all steps serve as neighbours
 _OUTLIER = 3.5  # modified z-score (Iglewicz and Hoaglin 1993)
+_MOST_FLAGS = 12
 _MEANING = {
     "action divergence": "acts differently from other episodes in similar states",
     "transition diversity": "the state changes differently after similar states and actions",
@@ -69,7 +70,12 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Scale:
-    """Spread of each column over all datasets that are compared; a constant column has the spread 0 and is left out."""
+    """Spread of each column over all datasets that are compared; a constant column has the spread 0 and is left out.
+
+    Attributes:
+        states: (d,) from quantiles, for distances.
+        actions, changes: (a,) and (d,) standard deviations of actions and of the states' changes in one step.
+    """
 
     states: np.ndarray
     actions: np.ndarray
@@ -78,10 +84,12 @@ class Scale:
     @classmethod
     def of(cls, datasets: Sequence[Trajectories]) -> Scale:
         changes = [d.states[1:][_goes_on(d)] - d.states[:-1][_goes_on(d)] for d in datasets]
+        states, actions = (np.concatenate([getattr(d, what) for d in datasets]) for what in ("states", "actions"))
+        names = datasets[0].state_columns
         return cls(
-            spread(np.concatenate([d.states for d in datasets])),
-            spread(np.concatenate([d.actions for d in datasets])),
-            spread(np.concatenate(changes)),
+            _of_its_kind(spread(states, robust=True), names),
+            _of_its_kind(spread(actions), datasets[0].action_columns),
+            _of_its_kind(spread(np.concatenate(changes)), names),
         )
 
 
@@ -214,14 +222,14 @@ def read_trajectories(store: EpisodeStore, keys: Sequence[str] = ()) -> Trajecto
         )
     if store.n_episodes < 2:
         raise UserError(f"{store.path}: found {store.n_episodes} episodes; an episode is judged by the others.")
-    values = [_table(store, group) for group in (states, actions)]
-    if not all(np.isfinite(table).all() for table in values):
+    state_values, action_values = _table(store, states), _table(store, actions)
+    if not (np.isfinite(state_values).all() and np.isfinite(action_values).all()):
         raise UserError(
             f"{store.path}: states or actions hold values that are not finite. "
             f"'robopolicy data doctor {store.path}' says where."
         )
     episodes = np.repeat(np.arange(store.n_episodes), store.episode_lengths)
-    return Trajectories(store.path.name, *values, episodes, _columns(states), _columns(actions))
+    return Trajectories(store.path.name, state_values, action_values, episodes, _columns(states), _columns(actions))
 
 
 def measure(data: Trajectories, scale: Scale) -> Quality:
@@ -265,13 +273,35 @@ def measure(data: Trajectories, scale: Scale) -> Quality:
     )
 
 
-def spread(values: np.ndarray) -> np.ndarray:
-    """Robust standard deviation of each column of (N, columns): the middle 90 % of a normal distribution span 3.29 of
-    them. Columns that rest most of the time (a gripper) take the plain one; constant columns give 0."""
+def spread(values: np.ndarray, *, robust: bool = False) -> np.ndarray:
+    """Standard deviation of each column of (N, columns); 0 for constant columns.
+
+    Args:
+        robust: from the middle 90 %, which span 3.29 standard deviations of a normal distribution. Columns that rest
+            most of the time (a gripper) take the plain deviation.
+    """
+    plain = values.std(axis=0)
+    plain[plain <= 1e-6 * np.abs(values).max(axis=0)] = 0
+    if not robust:
+        return plain
     low, high = np.quantile(values, [0.05, 0.95], axis=0)
-    robust, plain = (high - low) / 3.29, values.std(axis=0)
-    constant = plain <= 1e-6 * np.abs(values).max(axis=0)
-    return np.where(constant, 0.0, np.where(robust > 0.1 * plain, robust, plain))
+    middle = (high - low) / 3.29
+    return np.where(middle > 0.1 * plain, np.minimum(middle, plain), plain)
+
+
+def _of_its_kind(spreads: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Raise small spreads of a position's or rotation's entries to a tenth of the largest in the same vector.
+
+    A block that turns about z also tilts by a thousandth of a radian, which is no property of the situation.
+    """
+    raised = spreads.copy()
+    for endings in (("x", "y", "z"), ("r11", "r21", "r31", "r12", "r22", "r32")):
+        owners = [name[: -len(end)] if (end := name.rpartition("_")[2]) in endings else None for name in names]
+        for owner in {owner for owner in owners if owner is not None}:
+            members = np.array([name == owner for name in owners]) & (spreads > 0)
+            if members.any():
+                raised[members] = np.maximum(spreads[members], 0.1 * spreads[members].max())
+    return raised
 
 
 def quality_table(qualities: Sequence[Quality]) -> str:
@@ -295,8 +325,10 @@ def quality_table(qualities: Sequence[Quality]) -> str:
         lines += ["", f"{q.name}: episodes that stand out" if flags else f"{q.name}: no episode stands out"]
         lines += [
             f"  episode {episode:4d}  {name} {_value(name, value)} (median {_value(name, median)}): {_MEANING[name]}"
-            for episode, name, value, median in flags
+            for episode, name, value, median in flags[:_MOST_FLAGS]
         ]
+        if len(flags) > _MOST_FLAGS:
+            lines.append(f"  ... and {len(flags) - _MOST_FLAGS} more; --json lists them all")
     return "\n".join(lines)
 
 
@@ -311,9 +343,7 @@ def _interval(name: str, found: Measure | None) -> str:
 
 
 def _table(store: EpisodeStore, specs: Sequence[ArraySpec]) -> np.ndarray:
-    return np.concatenate(
-        [store.read(s.name).reshape(store.n_steps, -1).astype(np.float64) for s in specs], axis=1
-    )
+    return np.concatenate([store.read(s.name).reshape(store.n_steps, -1).astype(np.float64) for s in specs], axis=1)
 
 
 def _columns(specs: Sequence[ArraySpec]) -> tuple[str, ...]:

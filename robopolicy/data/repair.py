@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from zarr.core.sync import sync
 
 from robopolicy.data.container import Container, open_container, read_ends
 from robopolicy.data.durable import DurableStore, WriterLock
@@ -78,7 +79,8 @@ def repair(path: Path, *, drop_incomplete: bool = False) -> list[str]:
                     f"steps, the arrays hold {lengths}. Nothing was changed. Pass --drop-incomplete to remove these "
                     "episodes, after saving a copy if their data matters."
                 )
-            resize(container.ends, kept)
+            # zarr's own resize deletes chunks before it writes the new length: killed in between, ends would be missing.
+            sync(container.ends.async_array.resize((kept,), delete_outside_chunks=False))
             done.append(f"removed the incomplete episodes {kept}..{len(ends) - 1}.")
         done += remove_torn_tail(container, ends[:kept], lock, sweep=True)
         container.close()

@@ -15,14 +15,18 @@ from robopolicy_sim.gl import select_gl_backend
 NAMESPACE = "robopolicy_sim"
 
 ALL_ARMS = {"panda": "", "ur5e": "Ur5e", "so101": "So101"}  # what an arm adds to a task's name
+LARGE_ARMS = {"panda": "", "ur5e": "Ur5e"}
 # Entry point, limit of control steps, arms.
 ARM_TASKS: dict[str, tuple[str, int, dict[str, str]]] = {
-    "Reach": ("reach:ReachEnv", 150, ALL_ARMS),
+    "Reach": ("reach:ReachEnv", 150, LARGE_ARMS),  # the small arm's jaw is too wide for the way around the post
     "Lift": ("lift:LiftEnv", 200, ALL_ARMS),
     "PickPlace": ("pick_place:PickPlaceEnv", 250, ALL_ARMS),
     "Stack": ("stack:StackEnv", 250, ALL_ARMS),
     "ChooseObject": ("choose_object:ChooseObjectEnv", 200, ALL_ARMS),
     "PegInsert": ("peg_insert:PegInsertEnv", 300, ALL_ARMS),
+    "DrawerOpen": ("drawer:DrawerOpenEnv", 200, ALL_ARMS),
+    "DrawerClose": ("drawer:DrawerCloseEnv", 200, ALL_ARMS),
+    "Buttons": ("buttons:ButtonsEnv", 250, ALL_ARMS),
 }
 
 

@@ -50,6 +50,7 @@ PROMISED = {
         "results/first/report.html results/first/summary.json results/first/episodes.jsonl "
         "results/first/protocol.json results/fast/report.html results/comparison.html"
     ),
+    "data_questions.md": "pictures/quality.png data/calm.zarr data/more.zarr data/all.zarr",
     "fidelity.md": "fidelity.html results/a/report.html results/b/report.html selection.json",
     "simulation.md": "data/push_puck.zarr data/noisy.zarr data/images.zarr/data/observation.image.top",
     "bundles.md": (

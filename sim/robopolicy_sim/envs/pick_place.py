@@ -31,8 +31,10 @@ class PickPlaceEnv(ArmTaskEnv):
         side = rng.choice([-1.0, 1.0])
         block = [rng.uniform(-0.09, 0.09), side * rng.uniform(0.06, 0.17)]
         goal = [rng.uniform(-0.06, 0.06), -side * rng.uniform(0.12, 0.17)]
-        self.place("cube", [*np.multiply(block, self.scale), HALF_SIZE], rng.uniform(-np.pi, np.pi))
-        self.data.mocap_pos[self._mocap("bin")] = [*np.multiply(goal, self.scale), self.table_height]
+        # A small arm still needs room for its hand between the block and the bin.
+        scale = np.array([self.scale, max(self.scale, 0.75)])
+        self.place("cube", [*block * scale, HALF_SIZE], rng.uniform(-np.pi, np.pi))
+        self.data.mocap_pos[self._mocap("bin")] = [*goal * scale, self.table_height]
 
     def _begin(self) -> None:
         self._start_distance = self._distance()
