@@ -79,7 +79,7 @@ def repair(path: Path, *, drop_incomplete: bool = False) -> list[str]:
                     f"steps, the arrays hold {lengths}. Nothing was changed. Pass --drop-incomplete to remove these "
                     "episodes, after saving a copy if their data matters."
                 )
-            # zarr's own resize deletes chunks before it writes the new length: killed in between, ends would be missing.
+            # zarr's own resize deletes chunks before it writes the length: killed in between, ends would be missing.
             sync(container.ends.async_array.resize((kept,), delete_outside_chunks=False))
             done.append(f"removed the incomplete episodes {kept}..{len(ends) - 1}.")
         done += remove_torn_tail(container, ends[:kept], lock, sweep=True)

@@ -23,9 +23,10 @@ ARM_TASKS: dict[str, tuple[str, int, dict[str, str]]] = {
     "PickPlace": ("pick_place:PickPlaceEnv", 250, ALL_ARMS),
     "Stack": ("stack:StackEnv", 250, ALL_ARMS),
     "ChooseObject": ("choose_object:ChooseObjectEnv", 200, ALL_ARMS),
-    "PegInsert": ("peg_insert:PegInsertEnv", 300, ALL_ARMS),
+    "PegInsert": ("peg_insert:PegInsertEnv", 350, ALL_ARMS),
     "DrawerOpen": ("drawer:DrawerOpenEnv", 200, ALL_ARMS),
     "DrawerClose": ("drawer:DrawerCloseEnv", 200, ALL_ARMS),
+    "PushT": ("push_t:PushTEnv", 400, ALL_ARMS),
     "Buttons": ("buttons:ButtonsEnv", 250, ALL_ARMS),
 }
 

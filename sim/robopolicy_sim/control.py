@@ -126,7 +126,7 @@ class ToolDelta(Controller):
 
     def __init__(self, arm: Arm, kinematics: ArmKinematics, period: float, *, from_target: bool) -> None:
         super().__init__(arm, kinematics, period)
-        high = np.repeat(np.float32([MAX_TRANSLATION, MAX_ROTATION]) * np.float32(period), 3)
+        high = np.repeat(np.array([MAX_TRANSLATION, MAX_ROTATION], np.float32) * np.float32(period), 3)
         self.action_space = spaces.Box(np.append(-high, np.float32(0)), np.append(high, np.float32(1)))
         self._from_target = from_target
         self._pose: tuple[np.ndarray, np.ndarray] | None = None
@@ -166,7 +166,7 @@ class JointPosition(Controller):
     def __init__(self, arm: Arm, kinematics: ArmKinematics, period: float) -> None:
         super().__init__(arm, kinematics, period)
         low, high = kinematics.limits
-        self.action_space = spaces.Box(np.float32([*low, 0]), np.float32([*high, 1]))
+        self.action_space = spaces.Box(np.array([*low, 0], np.float32), np.array([*high, 1], np.float32))
         self.names = (*arm.joints, "opening")
 
     def _decode(self, action: np.ndarray, state: ArmState) -> JointTarget:

@@ -6,6 +6,8 @@ import importlib.util
 import ipaddress
 import json
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,9 +54,15 @@ def policy():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shut_down():
+def ray_of_this_file():
+    shut_down()
     yield
-    importlib.import_module("ray").shutdown()
+    shut_down()
+
+
+def shut_down() -> None:
+    if "ray" in sys.modules:  # the first import must be that of `connect`
+        sys.modules["ray"].shutdown()
 
 
 def play_on_ray(policy, seeds=SEEDS, retries=3, **settings):
@@ -121,6 +129,12 @@ def test_what_a_user_can_mend_is_raised_as_it_is_without_retries(policy, caplog)
 def test_a_shard_that_is_lost_again_and_again_is_an_error_naming_its_seeds(policy):
     with killing(np.inf), pytest.raises(UserError, match=r"played the seeds 100000, 100001 .* that makes 2 times"):
         play_on_ray(policy, SEEDS[:2], retries=1)
+
+
+def test_a_cluster_that_is_not_there_is_reported_at_once():
+    code = "from robopolicy.evaluation.launch.ray_cluster import connect; connect('127.0.0.2:1', None)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError: The Ray cluster at ray_address=127.0.0.2:1 cannot be used" in ended.stderr
 
 
 def test_a_task_that_no_machine_can_hold_is_refused(policy):

@@ -52,7 +52,10 @@ PROMISED = {
     ),
     "data_questions.md": "pictures/quality.png data/calm.zarr data/more.zarr data/all.zarr",
     "fidelity.md": "fidelity.html results/a/report.html results/b/report.html selection.json",
-    "simulation.md": "data/push_puck.zarr data/noisy.zarr data/images.zarr/data/observation.image.top",
+    "simulation.md": (
+        "data/push_puck.zarr data/noisy.zarr data/images.zarr/data/observation.image.wrist data/joints.zarr "
+        "data/mixed.zarr data/left.zarr runs/lift/bundles/last results/lift/report.html"
+    ),
     "bundles.md": (
         "runs/first/bundles/last/bundle.yaml runs/first/bundles/last/model.safetensors "
         "runs/first/bundles/last/normalizer.safetensors runs/first/eval/last-push_puck-2/report.html"

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import socket
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -135,6 +136,7 @@ def connect(address: str, cpus: int | None) -> Any:
     if ray.is_initialized():
         return ray
     try:
+        _check_reachable(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
@@ -142,6 +144,17 @@ def connect(address: str, cpus: int | None) -> Any:
             "Start one with `ray start --head`, or use ray_address=local."
         ) from error
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Raises a `ConnectionError` where nobody listens at ``host:port``; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "/" in host or host in ("localhost", "127.0.0.1"):  # Ray looks at another interface
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"{address} does not answer ({error}).") from error
 
 
 def _check_room(ray: Any, cpus: int, gpus: float) -> None:

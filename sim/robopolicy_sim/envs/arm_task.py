@@ -14,6 +14,10 @@ from robopolicy_sim.control import ArmState, JointTarget, ToolTarget, make_contr
 from robopolicy_sim.envs.base import SCENES, MujocoTaskEnv, Observation
 from robopolicy_sim.experts.scripted import ScriptedExpert
 from robopolicy_sim.kinematics import ArmKinematics, from_rotation_6d, to_rotation_6d
+from robopolicy_sim.matching.appearance import paint, place_cameras
+from robopolicy_sim.matching.background import Background, PhotoLayer, PhotoRenderer
+from robopolicy_sim.matching.robot_parameters import RobotParameters
+from robopolicy_sim.rendering import CameraRenderer, RenderQuality
 from robopolicy_sim.variation import Variations
 
 POSE_NAMES = ("x", "y", "z", "r11", "r21", "r31", "r12", "r22", "r32")
@@ -36,7 +40,12 @@ class ArmTaskEnv(MujocoTaskEnv):
         control_hz: control steps per second.
         action_latency: seconds between a command and the moment it reaches the servos.
         variation: levels of the factors of variation that hold in every episode, see `variation`.
-        randomization: distributions of factors, drawn from at each reset.
+        randomization: distributions of factors, drawn from at each reset, or a preset's name.
+        robot_parameters: how the arm follows commands, found by system identification, see
+            `matching.robot_parameters.RobotParameters`; factors of variation act on top.
+        camera_poses: poses and fields of view of fixed cameras, see `matching.appearance.place_cameras`.
+        colours: colours of bodies and geoms, see `matching.appearance.paint`.
+        background: a photograph behind the images of a fixed camera, see `matching.background.Background`.
         rendering: see `MujocoTaskEnv`.
     """
 
@@ -53,7 +62,11 @@ class ArmTaskEnv(MujocoTaskEnv):
         control_hz: float = 20,
         action_latency: float = 0.0,
         variation: Mapping[str, Any] | None = None,
-        randomization: Mapping[str, Any] | None = None,
+        randomization: Mapping[str, Any] | str | None = None,
+        robot_parameters: Mapping[str, Any] | None = None,
+        camera_poses: Mapping[str, Mapping[str, Any]] | None = None,
+        colours: Mapping[str, Sequence[float]] | None = None,
+        background: Mapping[str, Any] | None = None,
         **rendering: Any,
     ) -> None:
         self.arm = find_arm(arm) if isinstance(arm, str) else arm
@@ -77,6 +90,8 @@ class ArmTaskEnv(MujocoTaskEnv):
         self._tcp = model.site(self.arm.tcp_site).id
         self._pads = [model.geom(name).id for name in self.arm.gripper.pads]
         self._pending = np.zeros((0, model.nu))
+        self._match(RobotParameters.from_json(robot_parameters or {}, self.arm), camera_poses or {}, colours or {})
+        self._photo_layer = None if background is None else self._photo(Background.from_json(background))
         self.variations.bind(self)
 
     # What a task is made of.
@@ -156,7 +171,12 @@ class ArmTaskEnv(MujocoTaskEnv):
         self._hold(joints)
 
     def place(self, body: str, position: Sequence[float] | np.ndarray, rotation: float | np.ndarray = 0.0) -> None:
-        """Put a free body, at rest, or a mocap body at a position (3,), z above the table, turned by a yaw in radians or a matrix (3, 3)."""
+        """Put a free body, at rest, or a mocap body somewhere.
+
+        Args:
+            position: (3,) in metres, z above the table.
+            rotation: a yaw in radians or a matrix (3, 3).
+        """
         if isinstance(rotation, np.ndarray):
             quaternion = np.empty(4)
             mujoco.mju_mat2Quat(quaternion, rotation.ravel())
@@ -198,6 +218,7 @@ class ArmTaskEnv(MujocoTaskEnv):
         self._place_objects(rng)
         if self._start_state is not None:
             self._place_from_state(np.asarray(self._start_state, dtype=np.float64))
+        self.variations.place(self)
         mujoco.mj_forward(self.model, self.data)
         self._begin()
 
@@ -221,11 +242,13 @@ class ArmTaskEnv(MujocoTaskEnv):
         joints = np.array(self.arm.home) + rng.uniform(-START_SPREAD, START_SPREAD, len(self.arm.joints))
         self._hold(np.clip(joints, low, high))
 
-    def _hold(self, joints: np.ndarray) -> None:
-        """Put the arm at rest at joint angles (n,), with an open gripper, its servos holding it there."""
+    def _hold(self, joints: np.ndarray, opening: float = 1.0) -> None:
+        """Put the arm at rest at joint angles (n,), the gripper at an opening share, the servos holding both there."""
+        gripper = self.arm.gripper
         self.data.qpos[self._joint_qpos] = joints
-        self.data.qpos[self._gripper_qpos] = self.arm.gripper.joint_open
-        self._target = JointTarget(joints, 1.0)
+        travel = gripper.joint_open - gripper.joint_closed
+        self.data.qpos[self._gripper_qpos] = gripper.joint_closed + opening * travel
+        self._target = JointTarget(joints, opening)
         self.controller.reset(self._target)
         servos = self._servo_command(self._target)
         self.data.ctrl[:] = servos
@@ -254,8 +277,34 @@ class ArmTaskEnv(MujocoTaskEnv):
         frame = spec.worldbody.add_frame(pos=self.base_position)
         frame.attach_body(arm_spec(self.arm).body(self.arm.base), "", "")
         self._furnish(spec)
-        self.variations.edit(spec)
+        self.variations.edit(spec, self)
         return spec.compile()
+
+    def _match(
+        self,
+        robot: RobotParameters,
+        cameras: Mapping[str, Mapping[str, Any]],
+        colours: Mapping[str, Sequence[float]],
+    ) -> None:
+        """Write what is known of the real set-up into the model that variations start from."""
+        robot.apply(self.model, self.arm)
+        if robot.action_latency is not None:
+            if self.action_latency:
+                raise ValueError("action_latency is given twice, once in robot_parameters; leave one out.")
+            self.action_latency = robot.action_latency
+        place_cameras(self.model, cameras, self.base_position)
+        paint(self.model, colours)
+
+    def _photo(self, background: Background) -> PhotoLayer:
+        layer = PhotoLayer(background, self.model, self.arm.base)
+        if background.camera in self._cameras:
+            layer.check_size(self._image_size)
+        return layer
+
+    def _make_renderer(self, quality: RenderQuality) -> CameraRenderer:
+        if self._photo_layer is None:
+            return super()._make_renderer(quality)
+        return PhotoRenderer(self.model, quality, self._photo_layer)
 
     def _build_action_space(self) -> Any:
         return self.controller.action_space

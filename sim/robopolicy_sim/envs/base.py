@@ -151,8 +151,11 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
 
     def _image(self, camera: str, size: tuple[int, int]) -> np.ndarray:
         if self._renderer is None:
-            self._renderer = CameraRenderer(self.model, self._quality)
+            self._renderer = self._make_renderer(self._quality)
         return self._renderer.render(self.data, camera, size)
+
+    def _make_renderer(self, quality: RenderQuality) -> CameraRenderer:
+        return CameraRenderer(self.model, quality)
 
     def _build_observation_space(self) -> spaces.Dict:
         images = {

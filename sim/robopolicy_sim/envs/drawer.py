@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import mujoco
 import numpy as np
 
@@ -14,9 +16,10 @@ SIDES = ("left", "right")  # as one sees them in front of the cabinet
 WIDTH = 0.13  # m of a drawer
 DEPTH = 0.20  # m
 HEIGHT = 0.10  # m
+FRONT = 0.01  # m, thickness
 BAR_HEIGHT = 0.078  # m of the handle above the table
 BAR_HALF_LENGTH = 0.036  # m
-# The handle suits fingers, which are as thick on a small arm.
+# The rest of the handle suits fingers, which are as thick on a small arm.
 BAR_RADIUS = 0.005  # m
 STAND_OFF = 0.045  # m from the front to the middle of the handle
 TRAVEL = 0.16  # m that a drawer can be pulled out, times the arm's scale
@@ -24,16 +27,18 @@ OPENED = 0.12  # m, times the arm's scale
 CLOSED = 0.01  # m
 OPEN_AT_START = (0.10, 0.15)  # m, times the arm's scale
 LEFT_ALONE = 0.03  # m that the other drawer may move, times the arm's scale
-PLACE_X, PLACE_Y = (-0.05, 0.05), (0.11, 0.15)  # m, of the middle of the cabinet's front, times the arm's scale
+PLACE_X, PLACE_Y = (0.0, 0.08), (0.11, 0.15)  # m, of the middle of the cabinet's front, times the arm's scale
 YAW = (np.pi / 2 - 0.3, np.pi / 2 + 0.3)  # rad: the front faces the camera of the scene
 REACHED = 0.035  # m between the handle and the middle of the pads
 HOLD_STEPS = 3  # control steps that the drawer must be there
-BODY_COLOUR = (0.80, 0.81, 0.80, 1)
 FRONT_COLOURS = {"left": (0.24, 0.45, 0.62, 1), "right": (0.85, 0.47, 0.20, 1)}
 
 
 class DrawerEnv(ArmTaskEnv):
-    """A cabinet on the table, its drawers open across the arm's workspace. Its frame: x into the cabinet, origin under the middle of the front."""
+    """A cabinet on the table, whose drawers open across the arm's workspace.
+
+    Its frame: x into the cabinet, origin on the table, under the middle of the front.
+    """
 
     objects = ("cabinet",)
     goal_names = ("left_out", "right_out", "wanted_left", "wanted_right")
@@ -70,7 +75,9 @@ class DrawerEnv(ArmTaskEnv):
         self._reached = self._moved = self._mistaken = False
 
     def _goal(self) -> np.ndarray:
-        return np.array([self.pulled_out(side) for side in SIDES] + [side == self.wanted for side in SIDES], dtype=np.float64)
+        return np.array(
+            [self.pulled_out(side) for side in SIDES] + [side == self.wanted for side in SIDES], dtype=np.float64
+        )
 
     def pulled_out(self, side: str) -> float:
         """How far a drawer is out, in metres."""
@@ -90,9 +97,9 @@ class DrawerEnv(ArmTaskEnv):
     def _change(self, side: str) -> float:
         return abs(self.pulled_out(side) - self._start[side])
 
+    @abstractmethod
     def _done(self) -> bool:
         """Whether the drawer that is named is where the instruction wants it."""
-        raise NotImplementedError
 
     def _track(self) -> None:
         self._reached |= self._reach() < REACHED
@@ -111,9 +118,9 @@ class DrawerEnv(ArmTaskEnv):
             "moved_the_other": self._mistaken,
         }
 
+    @abstractmethod
     def _way(self) -> float:
         """Share of the drawer's way that is done."""
-        raise NotImplementedError
 
     def _progress(self) -> float:
         """A quarter for reaching the handle, the rest for the drawer's way; 0 after the other drawer was moved."""
@@ -126,19 +133,20 @@ class DrawerEnv(ArmTaskEnv):
 class DrawerOpenEnv(DrawerEnv):
     """Open the drawer that the instruction names, drawn at each reset; the state tells it as one-hot.
 
-    Success: it has been out by 12 cm, times the arm's scale, for three steps. Moving the other one by 3 cm fails the episode.
+    Success: it has been out by 12 cm, times the arm's scale, for three steps. Moving the other one by 3 cm, times the
+    scale, fails the episode.
     """
 
     verb = "open"
     expert_class = DrawerOpenExpert
 
-    def _way(self) -> float:
-        return self.pulled_out(self.wanted) / self.opened
-
     @property
     def opened(self) -> float:
         """How far the drawer must come out, in metres."""
         return OPENED * self.scale
+
+    def _way(self) -> float:
+        return self.pulled_out(self.wanted) / self.opened
 
     def _done(self) -> bool:
         return self.pulled_out(self.wanted) >= self.opened
@@ -147,7 +155,8 @@ class DrawerOpenEnv(DrawerEnv):
 class DrawerCloseEnv(DrawerEnv):
     """Close the drawer that the instruction names, drawn at each reset; the state tells it as one-hot. Both start open.
 
-    Success: it has been out by less than 1 cm for three steps. Moving the other one by 3 cm, times the arm's scale, fails the episode.
+    Success: it has been out by less than 1 cm for three steps. Moving the other one by 3 cm, times the arm's scale,
+    fails the episode.
     """
 
     verb = "close"
@@ -166,32 +175,41 @@ class DrawerCloseEnv(DrawerEnv):
 def add_cabinet(spec: mujoco.MjSpec, size: float, travel: float) -> None:
     """A mocap body ``cabinet`` with two drawers side by side, on slide joints of their names."""
     cabinet = spec.worldbody.add_body(name="cabinet", mocap=True)
-    depth, height = DEPTH * size, HEIGHT * size
-    box = mujoco.mjtGeom.mjGEOM_BOX
-    middle = [depth / 2 + 0.002, 0, height / 2]
-    cabinet.add_geom(type=box, size=[depth / 2, WIDTH * size + 0.006, height / 2], pos=middle, rgba=BODY_COLOUR)
+    half = [DEPTH * size / 2, WIDTH * size + 0.006, HEIGHT * size / 2]
+    # Solid: nothing but the drawers, which do not touch it, goes in.
+    cabinet.add_geom(
+        type=mujoco.mjtGeom.mjGEOM_BOX, size=half, pos=[half[0] + 0.002, 0, half[2]], rgba=[0.80, 0.81, 0.80, 1]
+    )
     for side, sign in zip(SIDES, (1, -1), strict=True):
-        half_width = WIDTH * size / 2 - 0.003
-        drawer = cabinet.add_body(name=f"{side}_drawer", pos=[0, sign * WIDTH * size / 2, 0], gravcomp=1)
-        drawer.add_joint(
-            name=f"{side}_drawer",
-            type=mujoco.mjtJoint.mjJNT_SLIDE,
-            axis=[-1, 0, 0],
-            range=[0, travel],
-            damping=4,
-            frictionloss=1,
-            armature=0.1,
-        )
+        _add_drawer(cabinet, side, sign * WIDTH * size / 2, size, travel)
         spec.add_exclude(bodyname1="cabinet", bodyname2=f"{side}_drawer")
-        front_half = (height - 0.012) / 2
-        centre = front_half + 0.006
-        drawer.add_geom(
-            name=f"{side}_front", type=box, size=[0.005, half_width, front_half], pos=[-0.005, 0, centre], rgba=FRONT_COLOURS[side], mass=0.3
-        )
-        _add_handle(drawer, side, size)
-        _add_tray(drawer, depth, half_width - 0.004, height)
-        add_visual(cabinet, "box", [0.0005, half_width - 0.004, front_half - 0.004], [0.10, 0.10, 0.11, 1], pos=[0.002, sign * WIDTH * size / 2, centre])
     spec.add_exclude(bodyname1="left_drawer", bodyname2="right_drawer")
+
+
+def _add_drawer(cabinet: mujoco.MjsBody, side: str, y: float, size: float, travel: float) -> None:
+    drawer = cabinet.add_body(name=f"{side}_drawer", pos=[0, y, 0], gravcomp=1)
+    drawer.add_joint(
+        name=f"{side}_drawer",
+        type=mujoco.mjtJoint.mjJNT_SLIDE,
+        axis=[-1, 0, 0],
+        range=[0, travel],
+        damping=4,
+        frictionloss=1,
+        armature=0.1,
+    )
+    half_width, half_height = WIDTH * size / 2 - 0.003, HEIGHT * size / 2 - 0.006
+    drawer.add_geom(
+        name=f"{side}_front",
+        type=mujoco.mjtGeom.mjGEOM_BOX,
+        size=[FRONT / 2, half_width, half_height],
+        pos=[-FRONT / 2, 0, HEIGHT * size / 2],
+        rgba=FRONT_COLOURS[side],
+        mass=0.3,
+    )
+    _add_handle(drawer, side, size)
+    _add_tray(drawer, DEPTH * size, half_width - 0.004, HEIGHT * size)
+    opening = [0.0005, half_width - 0.004, half_height - 0.004]
+    add_visual(cabinet, "box", opening, [0.10, 0.10, 0.11, 1], pos=[0.002, y, HEIGHT * size / 2])
 
 
 def _add_handle(drawer: mujoco.MjsBody, side: str, size: float) -> None:
@@ -200,7 +218,7 @@ def _add_handle(drawer: mujoco.MjsBody, side: str, size: float) -> None:
     drawer.add_geom(
         name=f"{side}_bar",
         type=mujoco.mjtGeom.mjGEOM_CAPSULE,
-        fromto=[-STAND_OFF - 0.01, -half, bar_height, -STAND_OFF - 0.01, half, bar_height],
+        fromto=[-STAND_OFF - FRONT, -half, bar_height, -STAND_OFF - FRONT, half, bar_height],
         size=[BAR_RADIUS, 0, 0],
         rgba=steel,
         mass=0.1,
@@ -209,7 +227,7 @@ def _add_handle(drawer: mujoco.MjsBody, side: str, size: float) -> None:
     )
     for end in (-half, half):
         post = [STAND_OFF / 2, 0.004, 0.004]
-        add_visual(drawer, "box", post, steel, pos=[-STAND_OFF / 2 - 0.01, end, bar_height])
+        add_visual(drawer, "box", post, steel, pos=[-STAND_OFF / 2 - FRONT, end, bar_height])
 
 
 def _add_tray(drawer: mujoco.MjsBody, depth: float, half_width: float, height: float) -> None:

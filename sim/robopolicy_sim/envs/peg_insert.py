@@ -24,7 +24,7 @@ HOLD_STEPS = 5  # control steps that it must stay inserted
 
 
 class PegInsertEnv(ArmTaskEnv):
-    """Put the yellow peg, which stands on the table, into the block's hole; it fits with 2 mm on each side, four ways round.
+    """Put the yellow peg, which stands on the table, into the block's hole; it fits four ways round, 2 mm on each side.
 
     Success: it has been upright and in by 80 % of the hole's depth for five steps.
     """
@@ -32,13 +32,13 @@ class PegInsertEnv(ArmTaskEnv):
     instruction = "put the peg into the hole"
     objects = ("peg", "socket")
     expert_class = PegInsertExpert
+    half_width = HALF_WIDTH
 
     def _furnish(self, spec: mujoco.MjSpec) -> None:
         self.size = max(self.scale, 0.65)
-        self.half_width, self.half_length = HALF_WIDTH, HALF_LENGTH * self.size
-        self.depth = DEPTH * self.size
-        add_block(spec, "peg", [self.half_width] * 2 + [self.half_length], [0.93, 0.70, 0.13, 1], mass=0.06 * self.size)
-        add_socket(spec, "socket", self.half_width + CLEARANCE, self.depth, WALL * self.size)
+        self.half_length, self.depth = HALF_LENGTH * self.size, DEPTH * self.size
+        add_block(spec, "peg", [HALF_WIDTH, HALF_WIDTH, self.half_length], [0.93, 0.70, 0.13, 1], mass=0.06 * self.size)
+        add_socket(spec, "socket", HALF_WIDTH + CLEARANCE, self.depth, WALL * self.size)
 
     def _place_objects(self, rng: np.random.Generator) -> None:
         side = rng.choice([-1.0, 1.0])
@@ -103,6 +103,10 @@ def add_socket(spec: mujoco.MjSpec, name: str, half_hole: float, depth: float, w
             ([half_hole, wall / 2, depth / 2], [0, turn * middle, depth / 2]),
         ):
             body.add_geom(
-                type=mujoco.mjtGeom.mjGEOM_BOX, size=size, pos=pos, rgba=[0.22, 0.38, 0.58, 1], friction=[0.4, 0.01, 0.001]
+                type=mujoco.mjtGeom.mjGEOM_BOX,
+                size=size,
+                pos=pos,
+                rgba=[0.22, 0.38, 0.58, 1],
+                friction=[0.4, 0.01, 0.001],
             )
     add_visual(body, "box", [half_hole, half_hole, 0.0008], [0.06, 0.07, 0.08, 1], pos=[0, 0, 0.0008])

@@ -69,8 +69,8 @@ class DrawerOpenExpert(DrawerExpert):
             inwards = BEHIND if hook else 0.0
             missed = self.aim(np.zeros(3), tolerance=MISS, direction=env.outwards()) - inwards * env.outwards()
             above = self.handle() + missed + [0, 0, HOVER]
-            yield from self.move(self.pads_at(above, rotation), rotation, tolerance=0.008)
-            yield from self.move(self.pads_at(self.handle() + missed, rotation), rotation, speed=0.6)
+            yield from self.move(above, rotation, pads=True, tolerance=0.008)
+            yield from self.move(self.handle() + missed, rotation, pads=True, speed=0.6, max_steps=30)
             yield from self.grip(0.0, steps=0 if hook else 8)
             for target in self.drag(env.outwards(), rotation, speed=0.6):
                 yield target
@@ -97,8 +97,8 @@ class DrawerCloseExpert(DrawerExpert):
         while True:
             short = self.aim(np.zeros(3), tolerance=SHORT * env.scale, direction=env.outwards())
             before = self.handle() + sideways + BEFORE * env.outwards()
-            yield from self.move(self.pads_at(before + [0, 0, HOVER], rotation), rotation, tolerance=0.015)
-            yield from self.move(self.pads_at(before, rotation), rotation, speed=0.6, tolerance=0.008)
+            yield from self.move(before + [0, 0, HOVER], rotation, pads=True, tolerance=0.015)
+            yield from self.move(before, rotation, pads=True, speed=0.6, tolerance=0.008)
             for target in self.drag(-env.outwards(), rotation, speed=0.5):
                 yield target
                 if self.out() < 0.003 + np.linalg.norm(short):

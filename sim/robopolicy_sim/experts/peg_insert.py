@@ -1,4 +1,4 @@
-"""The scripted expert of PegInsert: grasp the peg, turn it to fit, lower it while its measured pose corrects the hand."""
+"""The scripted expert of PegInsert: grasp the peg, turn it to fit, lower it while its pose corrects the hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRIP = 0.5  # of the peg's half length above its middle, where it is held
 OPENED = 0.03  # m that the gripper is open beyond the peg's width
 HEADINGS = {"a": np.radians(20), "b": np.radians(110)}  # the hand's, within 45 degrees: all arms can turn that far
 ABOVE = 0.015  # m above the hole's mouth at which the peg is turned and aligned
-AIM_TOLERANCE = 0.003  # m
+AIM_TOLERANCE = 0.004  # m
 ALIGNED = 0.001  # m and
 ALIGNED_ANGLE = 0.02  # rad that the peg may be off before it is lowered
 MOST_STEPS = 60  # for aligning it
@@ -28,9 +28,9 @@ STUCK = 8  # steps without going down after which the peg is raised again
 
 
 class PegInsertExpert(GraspingExpert):
-    """Modes: the pair of faces that is grasped (``a``, ``b``), and the hand's heading above the hole, 0 or 90 degrees from the hole's.
+    """Modes: the pair of faces that is grasped (``a``, ``b``), and the hand's heading over the hole (``0``, ``90``).
 
-    Together they settle which of the peg's four ways round fits the hole in the end.
+    The heading is in degrees from the hole's own. Together they settle which of its four ways round the peg goes in.
     """
 
     env: PegInsertEnv
@@ -56,8 +56,8 @@ class PegInsertExpert(GraspingExpert):
         yield from self.grip(share, steps=4)
         place = env.position("peg") + [0, 0, GRIP * env.half_length]
         rotation = top_down(nearest_turn(env.yaw("peg"), np.pi / 2, reference=HEADINGS[self.mode[0]]))
-        yield from self.move(self.pads_at(place, rotation) + [0, 0, HOVER * env.size], rotation, tolerance=0.008)
-        yield from self.move(self.pads_at(place, rotation), rotation, speed=0.6)
+        yield from self.move(place + [0, 0, HOVER * env.size], rotation, pads=True, tolerance=0.008)
+        yield from self.move(place, rotation, pads=True, speed=0.6)
         yield from self.grip(0.0)
 
     def _fitting_yaw(self) -> float:

@@ -111,24 +111,27 @@ class ScriptedExpert(ABC):
         tolerance: float = 0.004,
         angle_tolerance: float = 0.06,
         max_steps: int = 120,
+        pads: bool = False,
     ) -> Iterator[ToolTarget]:
         """Move the tool in a straight line until it is there, or ``max_steps`` have passed.
 
         Args:
             speed: share of the style's speed.
             tolerance: [m]; angle_tolerance: [rad].
+            pads: bring the middle between the finger pads to ``position``, not the TCP, also while they open or close.
         """
         for _ in range(max_steps):
             state = self.env.tool_state()
-            travel, turn = position - state.position, rotation_error(rotation, state.rotation)
+            goal = self.pads_at(position, rotation) if pads else position
+            travel, turn = goal - state.position, rotation_error(rotation, state.rotation)
             if np.linalg.norm(travel) < tolerance and np.linalg.norm(turn) < angle_tolerance:
                 break
-            yield self.toward(position, rotation, speed=speed)
+            yield self.toward(goal, rotation, speed=speed)
         if self.rng.random() < self.style.pause:
             yield from self.wait(int(self.rng.integers(1, 10)))
 
     def toward(self, position: np.ndarray, rotation: np.ndarray, *, speed: float = 1.0) -> ToolTarget:
-        """The target of one control step on the straight line to a pose, for scripts that correct their aim at every step."""
+        """The target of one control step straight to a pose, for scripts that correct their aim at every step."""
         state = self.env.tool_state()
         travel, turn = position - state.position, rotation_error(rotation, state.rotation)
         ahead = self.style.lookahead * speed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,7 @@ class AlohaEnv(PeerEnv):
 
 def _open_simulation(task: str) -> Any:
     """gym-aloha's scene and task in dm_control's loop, without the three images that its observation would render."""
+    logging.getLogger("absl").setLevel(logging.WARNING)  # dm_control announces itself at import
     constants = require_peer("gym_aloha.constants", INSTALL)
     tasks = require_peer("gym_aloha.tasks.sim", INSTALL)
     engine = require_peer("dm_control.mujoco", INSTALL)

@@ -57,10 +57,10 @@ class PeerInterface:
 class PeerEnv(gym.Env[Observation, np.ndarray], ABC):
     """An environment of another project.
 
-    Its physics, control, action, start distribution and success are that project's own. Observations: float32 vectors by
-    key and, for each camera asked for, ``observation.image.<camera>`` (image_size, image_size, 3) uint8 RGB, upright. The
-    reward is the progress in [0, 1], 1 on success; success ends the episode. ``info`` holds ``success`` (bool),
-    ``progress`` (float) and ``stages`` (bool by name).
+    Its physics, control, action, start distribution and success are that project's own. Observations: float32 vectors
+    by key and, for each camera asked for, ``observation.image.<camera>`` (image_size, image_size, 3) uint8 RGB,
+    upright. The reward is the progress in [0, 1], 1 on success; success ends the episode. ``info`` holds ``success``
+    (bool), ``progress`` (float) and ``stages`` (bool by name).
 
     Args:
         model, data: the project's compiled model and its state; must stay the same objects from episode to episode.

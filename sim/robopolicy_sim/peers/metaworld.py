@@ -45,8 +45,9 @@ class MetaworldEnv(PeerEnv):
     quaternion) and the goal, as Meta-World lists them, in its world frame; quaternions are in the order that the task
     uses, and a missing object or rotation is zeros. Both together are the present part of Meta-World's own observation.
     Action: displacement of the hand's target in cm per axis and step, gripper effort. Progress: a tenth of Meta-World's
-    shaped reward, which is not 0 at the start.
-    No stages, for what Meta-World reports as "near" and "grasped" means another thing in every task. The seed draws objects and goal from the ranges of Meta-World's tasks.
+    shaped reward, which is not 0 at the start and leaps to 1 on success. No stages, for what Meta-World reports as
+    "near" and "grasped" means another thing in every task. The seed draws objects and goal from the ranges of
+    Meta-World's tasks.
 
     Args:
         task: e.g. ``drawer-open``.
@@ -82,7 +83,7 @@ class MetaworldEnv(PeerEnv):
         self._reward, self._success = 0.0, False
 
     def _advance(self, action: np.ndarray) -> None:
-        self._observed, reward, _, _, info = self._task.step(action)
+        self._observed, reward, _, _, info = self._task.step(action.astype(np.float32))  # as its policies act
         self._reward, self._success = float(reward), bool(info["success"])
 
     def _vectors(self) -> Observation:
@@ -101,7 +102,7 @@ class MetaworldEnv(PeerEnv):
 class MetaworldExpert:
     """One of Meta-World's scripted policies, which decide from the present observation alone."""
 
-    mode = "scripted"
+    quality, mode = "good", "scripted"
 
     def __init__(self, policy: Any) -> None:
         self._policy = policy
@@ -127,5 +128,7 @@ def _open_task(name: str) -> Any:
     del task.sawyer_observation_space  # cached without the goal
     for name in UPSIDE_DOWN:
         camera = task.model.camera(name)
-        mujoco.mju_mulQuat(camera.quat, camera.quat.copy(), np.array([0.0, 0.0, 0.0, 1.0]))  # half a turn about its view
+        mujoco.mju_mulQuat(
+            camera.quat, camera.quat.copy(), np.array([0.0, 0.0, 0.0, 1.0])
+        )  # half a turn about its view
     return task

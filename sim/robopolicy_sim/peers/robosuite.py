@@ -29,9 +29,9 @@ COLLISION_GEOMS, HIDDEN_GEOMS = 0, 3  # groups; robosuite hides the first when i
 class RobosuiteEnv(PeerEnv):
     """A task of robosuite with its default controller, operational space control of the pose.
 
-    State: joint angles, gripper opening, TCP position and 6-D rotation in the frame of the arm's base. Environment state:
-    robosuite's own ``object-state``, in its world frame, with quaternions xyzw. Action: robosuite's, from -1 to 1:
-    displacement of the TCP in shares of 5 cm, rotation vector in shares of 0.5 rad, gripper (-1 open, 1 closed).
+    State: joint angles, gripper opening, TCP position and 6-D rotation in the frame of the arm's base. Environment
+    state: robosuite's own ``object-state``, in its world frame, with quaternions xyzw. Action: robosuite's, from -1 to
+    1: displacement of the TCP in shares of 5 cm, rotation vector in shares of 0.5 rad, gripper (-1 open, 1 closed).
     Progress: robosuite's shaped reward. There is no scripted expert.
 
     The seed draws the arm's start and the objects' poses. Sizes that robosuite draws when it builds a scene (of Lift's

@@ -1,22 +1,11 @@
-"""Factors of variation."""
+"""Factors of variation of the arm tasks: light, surfaces, cameras, distractors, physics, control.
 
-from __future__ import annotations
+A factor has named levels and, mostly, numbers within bounds. ``variation={"lighting": "darker"}`` sets it for all
+episodes, ``randomization={"friction": {"uniform": [0.5, 1.2]}}`` draws it at each reset.
+"""
 
-from collections.abc import Mapping
-from typing import Any
+from robopolicy_sim.variation.factor import BASE, Factor
+from robopolicy_sim.variation.presets import PRESETS
+from robopolicy_sim.variation.variations import FACTORS, Variations
 
-import mujoco
-import numpy as np
-
-
-class Variations:
-    """Fixed levels and random draws of factors."""
-
-    def __init__(self, fixed: Mapping[str, Any], random: Mapping[str, Any]) -> None: ...
-
-    def edit(self, spec: mujoco.MjSpec) -> None: ...
-
-    def bind(self, env: Any) -> None: ...
-
-    def apply(self, env: Any, rng: np.random.Generator) -> dict[str, Any]:
-        return {}
+__all__ = ["BASE", "FACTORS", "PRESETS", "Factor", "Variations"]
