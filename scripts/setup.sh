@@ -22,6 +22,10 @@ fi
 echo "== installing robopolicy[$extra] into $venv (the first time about 3 GB of downloads, a few minutes)"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
 "$venv/bin/python" -m pip install --quiet --progress-bar on -c constraints.txt -e ".[$extra]"
+# Meta-World pins MuJoCo 3.3.0 and robosuite pulls a package that refuses NumPy 2; without their pins both run
+if [ "$extra" = dev ]; then
+    "$venv/bin/python" -m pip install --quiet --no-deps -c constraints.txt metaworld robosuite
+fi
 # gym-pusht brings opencv-python, which needs desktop libraries; the headless build of the same cv2 replaces it
 "$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall -c constraints.txt opencv-python-headless
 touch "$venv/.ready" "$venv/.ready-$extra"

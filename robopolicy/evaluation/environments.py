@@ -182,16 +182,18 @@ def _simulated(name: str, gymnasium_id: str, options: Mapping[str, Any]) -> Envi
     """Describe an environment of the simulator.
 
     Its observations are a dictionary with our keys, its reward is the progress in [0, 1], ``info["success"]`` is there,
-    every camera of its MuJoCo model can be observed, and the constructor takes ``cameras``, ``image_size`` and
-    ``render_size``. ``metadata["units"]``, where there, holds units by key.
+    and the constructor takes ``cameras``, ``image_size`` and ``render_size``. In ``metadata``, where there, ``units``
+    holds units by key, ``cameras`` the cameras that can be observed (otherwise all of the MuJoCo model), ``packages``
+    further distributions whose versions decide the outcome.
     """
     env: Any = _opened(name, gymnasium_id, options)
     vectors, action, metadata, model = env.observation_space, env.action_space, env.metadata, env.model
     env.close()
     units = metadata.get("units", {})
     keys = [KeySpec(key, space.shape, unit=units.get(key, "")) for key, space in vectors.items()]
-    cameras = [f"observation.image.{model.camera(i).name}" for i in range(model.ncam)]
-    keys += [KeySpec(key, (IMAGE_SIZE, IMAGE_SIZE, 3), role="image") for key in cameras]
+    cameras = metadata.get("cameras") or [model.camera(i).name for i in range(model.ncam)]
+    shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
+    keys += [KeySpec(f"observation.image.{camera}", shape, role="image") for camera in cameras]
     return Environment(
         name=name,
         keys={key.key: key for key in keys},
@@ -201,7 +203,7 @@ def _simulated(name: str, gymnasium_id: str, options: Mapping[str, Any]) -> Envi
         score="max over steps of the progress in [0, 1] that the environment reports as reward",
         success="the environment reported success after some step",
         reset=f"{gymnasium_id}.reset(seed=seed)",
-        packages=("robopolicy", "mujoco", "gymnasium", "numpy"),
+        packages=("robopolicy", "mujoco", "gymnasium", "numpy", *metadata.get("packages", ())),
         build=partial(_make_simulated, gymnasium_id, options),
         any_image_size=True,
         options=options,
@@ -222,13 +224,15 @@ def _opened(name: str, gymnasium_id: str, options: Mapping[str, Any]) -> gymnasi
     """The bare environment, without images.
 
     Raises:
-        UserError: it does not take these options.
+        UserError: it does not take these options, or a package that it needs is missing.
     """
     for own in OWN_ARGUMENTS:
         if own in options:
             raise UserError(f"The environment option '{own}' is settled by the policy and the report; leave it out.")
     try:
         return gymnasium.make(registered_id(gymnasium_id), disable_env_checker=True, cameras=(), **options).unwrapped
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise UserError(f"The environment '{name}' cannot be made: {error}") from error
     except (TypeError, ValueError, KeyError) as error:
         if not options:
             raise

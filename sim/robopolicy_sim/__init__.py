@@ -11,6 +11,7 @@ from typing import Any
 from gymnasium.envs.registration import register, registry
 
 from robopolicy_sim.gl import select_gl_backend
+from robopolicy_sim.peers.catalogue import register_peers
 
 NAMESPACE = "robopolicy_sim"
 
@@ -37,6 +38,7 @@ def register_envs() -> None:
     for task, (entry_point, max_episode_steps, arms) in ARM_TASKS.items():
         for arm, suffix in arms.items():
             _register(f"{task}{suffix}", entry_point, max_episode_steps, arm=arm)
+    register_peers(NAMESPACE)
 
 
 def _register(name: str, entry_point: str, max_episode_steps: int, **arguments: Any) -> None:

@@ -79,8 +79,9 @@ class Controller(ABC):
     def step(self, action: np.ndarray, state: ArmState) -> JointTarget:
         """Turn an action into the servos' set points for the end of the control period, within the speed limits."""
         wanted = self._decode(action, state)
-        travel = np.clip(wanted.joints - self._target.joints, -self._max_travel, self._max_travel)
-        self._target = JointTarget(self._target.joints + travel, float(np.clip(wanted.opening, 0, 1)))
+        travel = wanted.joints - self._target.joints
+        travel = np.minimum(np.maximum(travel, -self._max_travel), self._max_travel)
+        self._target = JointTarget(self._target.joints + travel, min(max(float(wanted.opening), 0.0), 1.0))
         return self._target
 
     @abstractmethod

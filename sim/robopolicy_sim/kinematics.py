@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mujoco
 import numpy as np
+from scipy.linalg.lapack import dposv
 
 from robopolicy_sim.arms.arm import Arm, arm_spec
-
 
 LONGEST_STEP = 0.15  # m of weighted error that one step may aim at (clamping, Buss and Kim 2005)
 
@@ -93,7 +93,8 @@ class ArmKinematics:
         gram.flat[::7] += self._damping**2
         posture = self._posture_gain * (self._home - joints)
         # One solve for both goals: J+ (e - J p) + p moves by e in the task space and by p in its null space.
-        return jacobian.T @ np.linalg.solve(gram, error - jacobian @ posture) + posture
+        _, solution, _ = dposv(gram, error - jacobian @ posture, overwrite_a=True)
+        return jacobian.T @ solution + posture
 
 
 def rotation_error(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:

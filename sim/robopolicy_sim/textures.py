@@ -118,7 +118,7 @@ def mottled(
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, scale: float, stretch: float) -> np.ndarray:
-    """Periodic noise (height, width), mean 0, deviation 1, smoothed over ``scale`` pixels, along x ``stretch`` times that."""
+    """Periodic noise (height, width), standardised, smoothed over ``scale`` pixels, ``stretch`` times that along x."""
     fy, fx = np.meshgrid(np.fft.fftfreq(height), np.fft.rfftfreq(width), indexing="ij")
     low_pass = np.exp(-2 * (np.pi * scale) ** 2 * (fy**2 + (stretch * fx) ** 2))
     noise = np.fft.irfft2(np.fft.rfft2(rng.normal(0, 1, (height, width))) * low_pass, s=(height, width))

@@ -6,7 +6,6 @@ import importlib.util
 import ipaddress
 import json
 import logging
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from robopolicy.errors import UserError
 from robopolicy.evaluation import pusht
 from robopolicy.evaluation.environments import PUSHT, absolute_files
 from robopolicy.evaluation.launch.launcher import player
-from robopolicy.evaluation.launch.ray_cluster import Job, RayCluster, Stored, packed_options, play_shard
+from robopolicy.evaluation.launch.ray_cluster import Job, RayCluster, Stored, connect, packed_options, play_shard
 from robopolicy.evaluation.rollout import rollout
 from robopolicy.policies.registry import build_policy
 from robopolicy.spec import PolicySpec
@@ -132,9 +131,8 @@ def test_a_shard_that_is_lost_again_and_again_is_an_error_naming_its_seeds(polic
 
 
 def test_a_cluster_that_is_not_there_is_reported_at_once():
-    code = "from robopolicy.evaluation.launch.ray_cluster import connect; connect('127.0.0.2:1', None)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "UserError: The Ray cluster at ray_address=127.0.0.2:1 cannot be used" in ended.stderr
+    with pytest.raises(UserError, match="ray_address=127.0.0.2:1 cannot be used: .*refused. Start one with"):
+        connect("127.0.0.2:1", None)
 
 
 def test_a_task_that_no_machine_can_hold_is_refused(policy):

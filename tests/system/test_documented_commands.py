@@ -51,6 +51,7 @@ PROMISED = {
         "results/first/protocol.json results/fast/report.html results/comparison.html"
     ),
     "data_questions.md": "pictures/quality.png data/calm.zarr data/more.zarr data/all.zarr",
+    "peers_environments.md": "data/drawer_open.zarr data/pick_place.zarr/data/observation.image.scene",
     "fidelity.md": "fidelity.html results/a/report.html results/b/report.html selection.json",
     "simulation.md": (
         "data/push_puck.zarr data/noisy.zarr data/images.zarr/data/observation.image.wrist data/joints.zarr "

@@ -127,6 +127,7 @@ def connect(address: str, cpus: int | None) -> Any:
     Raises:
         UserError: Ray is not installed, or the cluster cannot be reached.
     """
+    _check_reachable(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     own: dict[str, Any] = {}
     if address == "local":
@@ -136,25 +137,28 @@ def connect(address: str, cpus: int | None) -> Any:
     if ray.is_initialized():
         return ray
     try:
-        _check_reachable(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"The Ray cluster at ray_address={address} cannot be used: {error} "
-            "Start one with `ray start --head`, or use ray_address=local."
-        ) from error
+        raise _unusable(address, error) from error
     return ray
 
 
 def _check_reachable(address: str) -> None:
-    """Raises a `ConnectionError` where nobody listens at ``host:port``; Ray itself would try for minutes."""
+    """Raises a `UserError` where nobody listens at ``host:port``; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or "/" in host or host in ("localhost", "127.0.0.1"):  # Ray looks at another interface
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
-        raise ConnectionError(f"{address} does not answer ({error}).") from error
+        raise _unusable(address, error) from error
+
+
+def _unusable(address: str, error: Exception) -> UserError:
+    return UserError(
+        f"The Ray cluster at ray_address={address} cannot be used: {error}. "
+        "Start one with `ray start --head`, or use ray_address=local."
+    )
 
 
 def _check_room(ray: Any, cpus: int, gpus: float) -> None:

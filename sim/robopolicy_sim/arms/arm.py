@@ -38,12 +38,13 @@ class Gripper:
 
     def command(self, share: float) -> float:
         """Return the control value for an opening share, 0 (closed) to 1 (open); values outside are clipped."""
-        return self.closed + float(np.clip(share, 0.0, 1.0)) * (self.open - self.closed)
+        return self.closed + min(max(share, 0.0), 1.0) * (self.open - self.closed)
 
     def share(self, joint_positions: np.ndarray) -> float:
         """Return the opening share, 0 (closed) to 1 (open), from the positions of ``joints``, shape (n_joints,)."""
-        opening = (float(np.mean(joint_positions)) - self.joint_closed) / (self.joint_open - self.joint_closed)
-        return float(np.clip(opening, 0.0, 1.0))
+        mean = float(joint_positions.sum()) / len(self.joints)
+        opening = (mean - self.joint_closed) / (self.joint_open - self.joint_closed)
+        return min(max(opening, 0.0), 1.0)
 
 
 @dataclass(frozen=True)

@@ -201,15 +201,17 @@ class ArmTaskEnv(MujocoTaskEnv):
         """Start an episode.
 
         Args:
-            options: ``{"environment_state": vector}`` puts the objects where an observation had them.
+            options: ``{"environment_state": vector}`` puts the objects where an observation had them;
+                ``{"variation": {factor: value}}`` gives values in place of this episode's draws.
         """
         if seed is not None:
             # A stream of its own, so that a start does not depend on what is varied.
             self._variation_rng = np.random.default_rng((seed, 3))
         elif not hasattr(self, "_variation_rng"):
             self._variation_rng = np.random.default_rng()
-        self._variation_values = self.variations.apply(self, self._variation_rng)
-        self._start_state = None if options is None else options.get("environment_state")
+        options = options or {}
+        self._variation_values = self.variations.apply(self, self._variation_rng, options.get("variation"))
+        self._start_state = options.get("environment_state")
         observation, info = super().reset(seed=seed)
         return observation, info | {"variation": self._variation_values}
 
@@ -248,11 +250,11 @@ class ArmTaskEnv(MujocoTaskEnv):
         self.data.qpos[self._joint_qpos] = joints
         travel = gripper.joint_open - gripper.joint_closed
         self.data.qpos[self._gripper_qpos] = gripper.joint_closed + opening * travel
-        self._target = JointTarget(joints, opening)
-        self.controller.reset(self._target)
-        servos = self._servo_command(self._target)
-        self.data.ctrl[:] = servos
-        self._pending = np.tile(servos, (round(self.action_latency / self.model.opt.timestep), 1))
+        target = JointTarget(joints, opening)
+        self.controller.reset(target)
+        self._command = self._servo_command(target)
+        self.data.ctrl[:] = self._command
+        self._pending = np.tile(self._command, (round(self.action_latency / self.model.opt.timestep), 1))
 
     def _servo_command(self, target: JointTarget) -> np.ndarray:
         command = np.zeros(self.model.nu)
@@ -261,11 +263,11 @@ class ArmTaskEnv(MujocoTaskEnv):
         return command
 
     def _setpoints(self, action: np.ndarray) -> np.ndarray:
-        start = self._servo_command(self._target)
-        self._target = self.controller.step(action, self._in_base_frame(self.tool_state()))
+        start = self._command
+        target = self.controller.step(action, self._in_base_frame(self.tool_state()))
+        self._command = self._servo_command(target)
         ramp = np.arange(1, self._substeps + 1)[:, None] / self._substeps
-        commands = start + ramp * (self._servo_command(self._target) - start)
-        delayed = np.concatenate([self._pending, commands])
+        delayed = np.concatenate([self._pending, start + ramp * (self._command - start)])
         self._pending = delayed[self._substeps :]
         return delayed[: self._substeps]
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import mujoco
 import numpy as np
 
 from robopolicy_sim.control import JointTarget
 from robopolicy_sim.envs.arm_task import ArmTaskEnv
-from robopolicy_sim.envs.objects import add_visual
 from robopolicy_sim.envs.tee import Tee, add_tee, add_tee_mark, rest_height
 from robopolicy_sim.experts.push_t import PushTExpert
 
@@ -25,8 +23,8 @@ ROD_FRICTION = 0.25
 HANDLE = 0.044  # m, what the gripper holds the rod by
 ROD_REGION = ((-0.165, -0.32), (0.24, 0.32))  # m, corners of what the rod can reach, times the arm's scale
 BLOCK_REGION = ((-0.05, -0.18), (0.12, 0.18))  # m, corners of where the block's centroid starts, times the arm's scale
-GOAL = (0.03, 0.0, np.pi / 4)  # m, rad
-GOAL_SPREAD = (0.02, 0.02, 0.2)  # m, rad
+GOAL = np.array([0.03, 0.0, np.pi / 4])  # m, times the arm's scale, and rad
+GOAL_SPREAD = np.array([0.02, 0.02, 0.2])  # uniform, to both sides
 FAR_ENOUGH = 0.05  # coverage at the start, at most
 
 
@@ -47,31 +45,26 @@ class PushTEnv(ArmTaskEnv):
         self.tee = Tee(UNIT * size)
         self._rod_radius = ROD_RADIUS * size
         self._opening = min(1.0, HANDLE / self.arm.gripper.stroke)
-        low, high = np.array(ROD_REGION) * self.scale
-        self.rod_region = low, high
+        self.rod_region = np.array(ROD_REGION) * self.scale
         return super()._load_model()
 
     def _furnish(self, spec: mujoco.MjSpec) -> None:
         add_tee_mark(spec, "goal", self.tee, [0.55, 0.80, 0.58, 1])
-        add_tee(spec, "tee", self.tee, [0.30, 0.39, 0.50, 1], ground="bench")
-        hand = spec.site(self.arm.tcp_site)
-        self._add_rod(hand.parent, np.array(hand.pos), np.array(hand.quat))
-
-    def _add_rod(self, hand: mujoco.MjsBody, tcp: np.ndarray, quaternion: np.ndarray) -> None:
-        frame = hand.add_frame(pos=tcp, quat=quaternion)
-        half = (TOOL_HEIGHT - TIP_HEIGHT) / 2
+        add_tee(spec, "tee", self.tee, [0.36, 0.46, 0.60, 1], ground="bench")
+        tcp = spec.site(self.arm.tcp_site)
+        hand, length = tcp.parent, TOOL_HEIGHT - TIP_HEIGHT
+        frame = hand.add_frame(pos=tcp.pos, quat=tcp.quat)
         rod = hand.add_geom(
             name="rod",
             type=mujoco.mjtGeom.mjGEOM_CYLINDER,
-            size=[self._rod_radius, half, 0],
-            pos=[0, 0, half],
+            size=[self._rod_radius, length / 2, 0],
+            pos=[0, 0, length / 2],
             rgba=[0.85, 0.48, 0.12, 1],
             mass=0.02,
             friction=[ROD_FRICTION, 0.005, 0.0001],
             priority=2,
             solref=[0.01, 1],
         )
-        rod.set_frame(frame)
         handle = hand.add_geom(
             name="handle",
             type=mujoco.mjtGeom.mjGEOM_BOX,
@@ -81,6 +74,7 @@ class PushTEnv(ArmTaskEnv):
             contype=0,
             conaffinity=0,
         )
+        rod.set_frame(frame)
         handle.set_frame(frame)
 
     def pose(self, body: str) -> np.ndarray:
@@ -97,28 +91,22 @@ class PushTEnv(ArmTaskEnv):
         """Rotation (3, 3) of the tool in which it pushes."""
         return self._home_rotation
 
-    def _hold(self, joints: np.ndarray) -> None:
-        super()._hold(joints)
-        gripper = self.arm.gripper
-        self.data.qpos[self._gripper_qpos] = gripper.joint_closed + self._opening * (
-            gripper.joint_open - gripper.joint_closed
-        )
+    def _hold(self, joints: np.ndarray, opening: float = 1.0) -> None:
+        super()._hold(joints, self._opening)
 
     def _servo_command(self, target: JointTarget) -> np.ndarray:
         return super()._servo_command(replace(target, opening=self._opening))
 
     def _place_objects(self, rng: np.random.Generator) -> None:
-        goal = np.array(GOAL) * [self.scale, self.scale, 1] + rng.uniform(-1, 1, 3) * GOAL_SPREAD * np.array([self.scale, self.scale, 1])
         low, high = np.array(BLOCK_REGION) * self.scale
-        while True:
+        goal = (GOAL + rng.uniform(-1, 1, 3) * GOAL_SPREAD) * [self.scale, self.scale, 1]
+        block = np.array([*rng.uniform(low, high), rng.uniform(-np.pi, np.pi)])
+        while self.tee.coverage(block, goal) > FAR_ENOUGH:
             block = np.array([*rng.uniform(low, high), rng.uniform(-np.pi, np.pi)])
-            if self.tee.coverage(block, goal) <= FAR_ENOUGH:
-                break
-        apart = self.tee.radius + 2 * self._rod_radius
-        while True:
-            rod = rng.uniform(*self.rod_region)
-            if np.linalg.norm(rod - block[:2]) > apart:
-                break
+        nearest, farthest = self.rod_region
+        rod = rng.uniform(nearest, farthest)
+        while np.linalg.norm(rod - block[:2]) < self.tee.radius + 2 * self._rod_radius:
+            rod = rng.uniform(nearest, farthest)
         self.place("goal", [*goal[:2], 0.0], goal[2])
         self.place("tee", [*block[:2], rest_height()], block[2])
         self.start_tool(np.array([*rod, self.tool_height]))
@@ -129,7 +117,7 @@ class PushTEnv(ArmTaskEnv):
         self.place("goal", [x + self.base_position[0], y + self.base_position[1], 0.0], float(np.arctan2(sin, cos)))
 
     def _begin(self) -> None:
-        self._coverage = self._best = self._measure()
+        self._coverage = self._measure()
         self._steps_covered = 0
         self._touched = False
 

@@ -70,7 +70,7 @@ class Tee:
         return poses[..., None, :2] + rotated(self.outline, poses[..., None, 2])
 
     def distance(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Signed distance (...) of points (..., 2) in the block's frame from its edge, and the outward normal (..., 2)."""
+        """Signed distance (...) of points (..., 2), block's frame, from its edge, and the outward normal (..., 2)."""
         offset = points[..., None, :] - self.centres
         beyond = np.abs(offset) - self.half_sizes
         deepest = beyond.max(axis=-1, keepdims=True)

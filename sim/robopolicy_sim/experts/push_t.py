@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from robopolicy_sim.control import ToolTarget
-from robopolicy_sim.experts.pushing import CLEARANCE, Push, PushModel, PushPlanner, cost
-from robopolicy_sim.experts.scripted import ScriptedExpert, top_down
+from robopolicy_sim.experts.pushing import Push, PushModel, PushPlanner
+from robopolicy_sim.experts.scripted import ScriptedExpert
 
 if TYPE_CHECKING:
     from robopolicy_sim.envs.push_t import PushTEnv
 
 PUSH_SPEED = 0.4  # share of the style's speed
 CORRECTION_STEPS = 2  # control steps between two looks at how a push goes
+AROUND = 0.5  # units between the rod and the circle about the block on its way around
+UNIT_AT_FULL_SPEED = 0.03  # m; it goes around smaller blocks more slowly
 SPACING = 0.006  # m between the points of a path
 LONG_WAY = np.deg2rad(230)  # beyond this, the other way around the block is taken
 TEMPERATURE = 0.15  # of the choice among pushes by a sloppy expert, in units of their cost
@@ -37,12 +39,16 @@ class PushTExpert(ScriptedExpert):
 
     def script(self) -> Iterator[ToolTarget]:
         env = self.env
+        self.opening = env.opening()
         rod = env.model.geom("rod")
         model = PushModel(env.tee, float(rod.size[0]), float(rod.friction[0]))
-        self._planner = PushPlanner(model, *env.rod_region)
+        self._planner = PushPlanner(model, env.rod_region)
         while True:
             goal = self._goal()
-            push, path = self._choose(goal)
+            choice = self._choose(goal)
+            if choice is None:  # the block is out of reach
+                return
+            push, path = choice
             yield from self._follow(path)
             yield from self._push(push, goal)
 
@@ -61,7 +67,8 @@ class PushTExpert(ScriptedExpert):
         position = np.array([*point, self.env.tool_height])
         return self.toward(position, self.env.tool_rotation, speed=speed)
 
-    def _choose(self, goal: np.ndarray) -> tuple[Push, np.ndarray]:
+    def _choose(self, goal: np.ndarray) -> tuple[Push, np.ndarray] | None:
+        """The best push that can be begun, and the way to its start."""
         pose = self.env.pose("tee")
         pushes = self._planner.pushes(pose, goal, self.rng)
         if self.quality == "sloppy":
@@ -72,46 +79,41 @@ class PushTExpert(ScriptedExpert):
             path = self._path(push, pose)
             if path is not None:
                 return push, path
-        raise RuntimeError("no push can be reached")
+        return None
 
     def _path(self, push: Push, pose: np.ndarray) -> np.ndarray | None:
-        """Points (n, 2) from the rod to a push's start."""
+        """Points (n, 2) from the rod to a push's start; None where there is no room."""
         rod = self._rod()
         straight = _between(rod, push.start)
         if self._planner.clear(straight, pose).all():
             return straight
-        radius = self.env.tee.radius + self._planner.model.rod_radius + CLEARANCE * self.env.tee.unit
-        entry = _to_circle(push.start, -push.direction, pose[:2], radius)
-        out = self._way_out(rod, pose, radius)
+        centre, radius = pose[:2], self.env.tee.radius + self._planner.model.rod_radius + AROUND * self.env.tee.unit
+        begin = self._way_out(rod, pose, radius)
+        way_in = _between(_to_circle(push.start, -push.direction, centre, radius), push.start)
         side = 1.0 if self.mode == "left" else -1.0
-        begin, end = out - pose[:2], entry - pose[:2]
-        start_angle = np.arctan2(begin[1], begin[0])
-        turn = (side * (np.arctan2(end[1], end[0]) - start_angle)) % (2 * np.pi)
-        for signed in sorted((side * turn, side * (turn - 2 * np.pi)), key=lambda a: (abs(a) > LONG_WAY, a * side < 0)):
-            n = max(2, int(abs(signed) * radius / SPACING))
-            angles = start_angle + np.linspace(0, signed, n)
-            radii = np.linspace(np.linalg.norm(begin), radius, n)
-            arc = pose[:2] + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-            path = np.concatenate([_between(rod, out), arc, _between(entry, push.start)])
-            if self._planner.reachable(path[1:]).all():
-                return path
+        turn = (side * (_angle(way_in[0] - centre) - _angle(begin - centre))) % (2 * np.pi)
+        preferred, other = side * turn, side * (turn - 2 * np.pi)
+        for angle in (other, preferred) if turn > LONG_WAY else (preferred, other):
+            arc = np.clip(_arc(begin, angle, centre, radius), *self.env.rod_region)
+            if self._planner.clear(arc[1:], pose).all() and self._planner.reachable(way_in).all():
+                return np.concatenate([_between(rod, begin), arc, way_in])
         return None
 
     def _way_out(self, rod: np.ndarray, pose: np.ndarray, radius: float) -> np.ndarray:
-        """Where on the circle about the block the rod, perhaps in touch with it, gets to straight and soonest."""
+        """Where on the circle about the block the rod, which may touch the block, gets to straight and soonest."""
         if np.linalg.norm(rod - pose[:2]) >= radius:
             return rod
         angles = np.linspace(-np.pi, np.pi, 48, endpoint=False)
         directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
         ends = np.stack([_to_circle(rod, direction, pose[:2], radius) for direction in directions])
         rays = rod + np.linspace(0.15, 1, 10)[:, None, None] * (ends - rod)
-        gaps = self.env.tee.distance((lambda p: p)(_in_frame(rays, pose)))[0].min(axis=0) - self._planner.model.rod_radius
-        lengths = np.linalg.norm(ends - rod, axis=1)
-        good = (gaps > 0.001) & self._planner.reachable(ends)
-        return ends[np.argmin(np.where(good, lengths, 10 - gaps))]
+        gaps = self._planner.gap(rays, pose).min(axis=0)
+        free = (gaps > 0.001) & self._planner.reachable(ends)
+        return ends[np.argmin(np.where(free, np.linalg.norm(ends - rod, axis=1), 10 - gaps))]
 
     def _follow(self, path: np.ndarray) -> Iterator[ToolTarget]:
-        ahead = int(self.style.speed * self.style.lookahead / SPACING) + 1
+        speed = min(1.0, self.env.tee.unit / UNIT_AT_FULL_SPEED)
+        ahead = int(speed * self.style.speed * self.style.lookahead / SPACING) + 1
         reached = 0
         for _ in range(150):
             rod = self._rod()
@@ -119,7 +121,7 @@ class PushTExpert(ScriptedExpert):
             reached += int(np.linalg.norm(window - rod, axis=1).argmin())
             if np.linalg.norm(path[-1] - rod) < 0.006 and reached >= len(path) - ahead:
                 return
-            yield self._to(path[min(reached + ahead, len(path) - 1)])
+            yield self._to(path[min(reached + ahead, len(path) - 1)], speed=speed)
 
     def _push(self, push: Push, goal: np.ndarray) -> Iterator[ToolTarget]:
         for step in range(60):
@@ -133,10 +135,16 @@ class PushTExpert(ScriptedExpert):
             yield self._to(end, speed=PUSH_SPEED)
 
 
-def _in_frame(points: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    from robopolicy_sim.envs.tee import rotated
+def _angle(vector: np.ndarray) -> float:
+    return float(np.arctan2(vector[1], vector[0]))
 
-    return rotated(points - pose[:2], -pose[2])
+
+def _arc(begin: np.ndarray, angle: float, centre: np.ndarray, radius: float) -> np.ndarray:
+    """Points (n, 2) that turn about ``centre`` by ``angle`` from ``begin``; they end ``radius`` away from it."""
+    distance = np.linalg.norm(begin - centre)
+    n = max(2, int(abs(angle) * distance / SPACING))
+    angles = _angle(begin - centre) + np.linspace(0, angle, n)
+    return centre + np.linspace(distance, radius, n)[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def _between(start: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -87,7 +87,7 @@ class PushModel:
 
 
 def cost(tee: Tee, poses: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """Cost (...) of poses (..., 3): mean distance of the corners from the goal's in units, plus the share not covered."""
+    """Cost (...) of poses (..., 3): mean distance of the corners from the goal's [units] plus the share not covered."""
     away = np.linalg.norm(tee.corners(poses) - tee.corners(goal), axis=-1).mean(axis=-1) / tee.unit
     covered = np.zeros_like(away)
     near = away < COVERAGE_RANGE
@@ -114,19 +114,18 @@ class PushPlanner:
 
     Args:
         model: of the block and the rod.
-        low, high: (2,) corners of the region that the rod can reach.
+        region: lowest and highest x and y of the rod (2, 2).
     """
 
-    def __init__(self, model: PushModel, low: np.ndarray, high: np.ndarray) -> None:
-        self.model, self.tee = model, model.tee
-        self._low, self._high = low, high
+    def __init__(self, model: PushModel, region: np.ndarray) -> None:
+        self.model, self.tee, self._region = model, model.tee, region
 
     def pushes(self, pose: np.ndarray, goal: np.ndarray, rng: np.random.Generator, count: int = 500) -> list[Push]:
-        """Pushes from random points of the outline, best first; those that the rod cannot begin or end are left out."""
+        """Pushes from random points of the outline, best first; those out of the rod's reach are left out."""
         starts, directions = self._candidates(rng, count)
         starts, directions = pose[:2] + rotated(starts, pose[2]), rotated(directions, pose[2])
         inside = self.reachable(starts)
-        lengths = self.tee.unit * np.arange(0.05, LONGEST, 0.05)
+        lengths = self.tee.unit * np.arange(GAP, LONGEST, 0.06)
         return self._ranked(pose, goal, starts[inside], directions[inside], lengths)
 
     def corrected(self, push: Push, pose: np.ndarray, goal: np.ndarray, rod: np.ndarray) -> Push:
@@ -137,12 +136,15 @@ class PushPlanner:
 
     def reachable(self, points: np.ndarray) -> np.ndarray:
         """Whether the rod can be at points (..., 2)."""
-        return ((points >= self._low) & (points <= self._high)).all(axis=-1)
+        return ((points >= self._region[0]) & (points <= self._region[1])).all(axis=-1)
+
+    def gap(self, points: np.ndarray, pose: np.ndarray) -> np.ndarray:
+        """Distance (...) between the block and a rod at points (..., 2); negative where they overlap."""
+        return self.tee.distance(rotated(points - pose[:2], -pose[2]))[0] - self.model.rod_radius
 
     def clear(self, points: np.ndarray, pose: np.ndarray) -> np.ndarray:
         """Whether a rod at points (..., 2) keeps clear of the block."""
-        gap, _ = self.tee.distance(rotated(points - pose[:2], -pose[2]))
-        return gap > self.model.rod_radius + CLEARANCE * self.tee.unit
+        return self.gap(points, pose) > CLEARANCE * self.tee.unit
 
     def _candidates(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and directions, each (n, 2), in the block's frame."""
@@ -165,7 +167,8 @@ class PushPlanner:
         poses = self.model.roll_out(pose, starts, directions, lengths)
         costs = cost(self.tee, poses, goal) + LENGTH_PRICE / self.tee.unit * lengths[:, None]
         rods = starts + lengths[:, None, None] * directions
-        costs[1:][~self.reachable(rods[1:])] = np.inf
+        costs[(lengths > 0)[:, None] & ~self.reachable(rods)] = np.inf
         best = costs.argmin(axis=0)
         found = costs[best, np.arange(len(starts))]
-        return [Push(starts[i], directions[i], float(lengths[best[i]]), float(found[i])) for i in np.argsort(found)]
+        order = [i for i in np.argsort(found) if found[i] < np.inf]
+        return [Push(starts[i], directions[i], float(lengths[best[i]]), float(found[i])) for i in order]

@@ -55,8 +55,8 @@ class Variations:
         """Add to the scene what its variations need."""
         for factor in self._used:
             if factor.edit is not None:
-                value = self._fixed.get(factor.name)
-                factor.edit(spec, env, self._random[factor.name].possible() if value is None else (value,))
+                fixed = factor.name in self._fixed
+                factor.edit(spec, env, (self._fixed[factor.name],) if fixed else self._random[factor.name].possible())
 
     def bind(self, env: ArmTaskEnv) -> None:
         """Take the environment, complete but for its first reset, as the nominal one."""
@@ -70,16 +70,26 @@ class Variations:
         for name, value in self._attributes.items():
             setattr(env, name, value)
 
-    def apply(self, env: ArmTaskEnv, rng: np.random.Generator) -> dict[str, Any]:
-        """Set this episode's values, which are returned by factor, on the nominal model."""
+    def apply(
+        self, env: ArmTaskEnv, rng: np.random.Generator, chosen: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Set this episode's values, which are returned by factor, on the nominal model.
+
+        Args:
+            chosen: values of random factors in place of draws.
+
+        Raises:
+            ValueError: a chosen value is unknown, or its factor is not random here.
+        """
+        given = self._fixed | self._checked_choice(chosen or {})
         self.restore(env)
         # A stream for each factor: one more factor does not change the draws of the others.
         seeds = dict(zip(FACTORS, rng.integers(2**63, size=(len(FACTORS), 2)), strict=True))
         self._values, self._placing = {}, []
         for factor in self._used:
             own, placing = (np.random.default_rng(int(seed)) for seed in seeds[factor.name])
-            value = self._fixed.get(factor.name)
-            self._values[factor.name] = value = self._random[factor.name].draw(own) if value is None else value
+            value = given[factor.name] if factor.name in given else self._random[factor.name].draw(own)
+            self._values[factor.name] = value
             if factor.apply is not None and value != BASE:
                 factor.apply(env, factor.meaning(value))
             if factor.place is not None:
@@ -92,6 +102,18 @@ class Variations:
             value = self._values[factor.name]
             assert factor.place is not None
             factor.place(env, factor.nominal if value == BASE else factor.meaning(value), rng)
+
+    def _checked_choice(self, chosen: Mapping[str, Any]) -> dict[str, Value]:
+        """A scene holds only what its own distributions need: textures, things, nominal arrays."""
+        for name, value in chosen.items():
+            if name not in self._random:
+                raise ValueError(
+                    f"{name} cannot be chosen at a reset; it is not among the environment's randomization."
+                )
+            distribution = self._random[name]
+            if distribution.kind == "choice" and _factor(name).checked(value) not in distribution.parameters:
+                raise ValueError(f"{name}={value!r} is not among the environment's choices {distribution.parameters}.")
+        return {name: _factor(name).checked(value) for name, value in chosen.items()}
 
 
 def _factor(name: str) -> Factor:
