@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import robopolicy_sim  # noqa: F401  selects the OpenGL backend before mujoco is imported
 from results import machine, print_table
+
+import robopolicy_sim  # noqa: F401  selects the OpenGL backend before mujoco is imported
+from robopolicy.errors import require_extra
 from robopolicy_sim.arms.arm import ARMS, Arm, arm_spec
 from robopolicy_sim.kinematics import ArmKinematics, rotation_error, rotation_from_vector
-
-from robopolicy.errors import require_extra
 
 POSITION, ANGLE, STEPS = 5e-4, 5e-3, 10
 Pose = tuple[np.ndarray, np.ndarray]
@@ -112,7 +112,9 @@ def main() -> None:
         )
     header = ["arm", "ours, us", "mink, us", "ratio", "ours, mm / mrad (p95)", "mink, mm / mrad (p95)"]
     about = machine()
-    print_table(f"inverse kinematics per control step, {about['processor']}, load {about['load_before']:.1f}", header, rows)
+    print_table(
+        f"inverse kinematics per control step, {about['processor']}, load {about['load_before']:.1f}", header, rows
+    )
 
 
 if __name__ == "__main__":

@@ -61,6 +61,11 @@ class Settings:
     workers: int
     videos: int
     device: str
+    launcher: str
+    shard_size: int
+    threads: int
+    ray_address: str
+    ray_gpus: float
     environment: str | None = None
     environment_options: dict[str, Any] | None = None
     suite: str | None = None
@@ -74,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     settings = dataclass_from(Settings, compose_config("eval", args.overrides), "")
     from robopolicy.evaluation.environments import absolute_files, environment
     from robopolicy.evaluation.evaluate import evaluate, evaluate_suite
+    from robopolicy.evaluation.launch.launcher import player
     from robopolicy.evaluation.suite import load_suite
     from robopolicy.policies.bundle import bundle_fingerprint, load_bundle
     from robopolicy.training.distributed import join_processes
@@ -95,8 +101,15 @@ def run(args: argparse.Namespace) -> int:
     suite = load_suite(suite_path(settings.suite), options) if settings.suite else None
     parts = [path.name, name.rpartition("/")[-1], *([suite.name] if suite else []), str(settings.episodes)]
     out = Path(settings.out or run_folder / "eval" / "-".join(parts))
+    launch = {key: getattr(settings, key) for key in ("shard_size", "threads", "ray_address", "ray_gpus")}
+    batches = {key: getattr(settings, key) for key in ("batch_size", "shard_size", "threads")}
     common: dict[str, Any] = {
-        "policy_info": {"fingerprint": bundle_fingerprint(manifest), "sampler": asdict(policy.sampler)},
+        "policy_info": {
+            "fingerprint": bundle_fingerprint(manifest),
+            "sampler": asdict(policy.sampler),
+            "batches": batches,  # they decide the last digits
+        },
+        "player": player(settings.launcher, **launch),
         **{key: getattr(settings, key) for key in ("episodes", "first_seed", "batch_size", "workers", "videos")},
     }
     if suite:

@@ -60,6 +60,16 @@ class Betas:
         """Kullback-Leibler divergence from ``other``, over the same ranges, in nats."""
         return _divergence(self.shapes, other.shapes)[0]
 
+    def mean(self) -> np.ndarray:
+        """(k,)"""
+        low, high = self.ends.T
+        return low + (high - low) * self.shapes[:, 0] / self.shapes.sum(axis=1)
+
+    def deviation(self) -> np.ndarray:
+        """Standard deviations (k,)."""
+        total = self.shapes.sum(axis=1)
+        return np.diff(self.ends)[:, 0] * np.sqrt(self.shapes.prod(axis=1) / (total + 1)) / total
+
     def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """Draw (n, k) values."""
         low, high = self.ends.T

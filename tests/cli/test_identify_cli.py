@@ -12,13 +12,13 @@ import pytest
 pytest.importorskip("robopolicy_sim")
 
 import gymnasium  # noqa: E402
-from robopolicy_sim.matching.camera import project  # noqa: E402
-from robopolicy_sim.matching.robot_parameters import RobotParameters  # noqa: E402
 
 from robopolicy.cli import identify  # noqa: E402
 from robopolicy.data.record import record_demonstrations  # noqa: E402
 from robopolicy.data.store import EpisodeStore  # noqa: E402
 from robopolicy.errors import UserError  # noqa: E402
+from robopolicy_sim.matching.camera import project  # noqa: E402
+from robopolicy_sim.matching.robot_parameters import RobotParameters  # noqa: E402
 
 HIDDEN = {
     "stiffness": [2500.0, 3000.0, 2000.0, 1800.0, 1200.0, 1500.0, 1100.0],

@@ -59,10 +59,7 @@ def test_the_rotation_part_of_the_loss_is_half_the_angle_between_the_rotations()
 @pytest.mark.parametrize("control", ["ee_pose", "ee_delta_current"])
 def test_the_recorded_robots_own_parameters_replay_its_motion(control: str) -> None:
     env = make(robot_parameters=HIDDEN, control=control)
-    if control == "ee_pose":
-        motion = motions(env, range(1))[0]
-    else:
-        motion = recorded_deltas(env)
+    motion = motions(env, range(1))[0] if control == "ee_pose" else recorded_deltas(env)
     replayer = Replayer("panda", control, 20, [motion])
     own = RobotParameters.from_json(HIDDEN, env.arm)
     assert replay_error(replayer, own).loss < 1e-5  # float32 of the recording
