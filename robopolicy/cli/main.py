@@ -34,14 +34,27 @@ Every verb explains itself: robopolicy train --help
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from robopolicy.cli import compare, data, demo, evaluate, fidelity, record, select, teleoperate, train
+    from robopolicy.cli import (
+        compare,
+        data,
+        demo,
+        evaluate,
+        fidelity,
+        identify,
+        randomize,
+        record,
+        select,
+        teleoperate,
+        train,
+    )
 
     parser = argparse.ArgumentParser(
         prog="robopolicy", description=TUTORIAL, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"robopolicy {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module in (record, teleoperate, data, train, evaluate, compare, fidelity, select, demo):
+    daily = (record, teleoperate, data, train, evaluate, compare)
+    for module in (*daily, identify, randomize, fidelity, select, demo):
         module.add_parser(verbs)
     return parser
 

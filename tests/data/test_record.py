@@ -132,6 +132,29 @@ def test_environments_that_cannot_be_recorded(tmp_path, walk, env_id, options, m
 
 
 @needs_simulator
+def test_qualities_and_modes_are_mixed_and_labelled(tmp_path):
+    options = {"qualities": {"good": 1, "sloppy": 1}, "modes": {"left": 3, "right": 1}, "workers": 2}
+    report = record("robopolicy_sim/Reach-v0", tmp_path / "d.zarr", episodes=12, **options)
+    store = EpisodeStore.open(report.path)
+    qualities, modes = zip(*(behaviour.split(":") for behaviour in store.behaviours), strict=True)
+    assert set(qualities) == {"good", "sloppy"} and set(modes) <= {"left", "right"}
+    # The tool passes the post on the side that the label names.
+    sideways = store.schema.arrays["observation.state"].names.index("tcp_y")
+    for i, mode in enumerate(modes):
+        path = store.episode(i)["observation.state"][:, sideways]
+        assert (path[np.abs(path).argmax()] > 0) == (mode == "left")
+
+
+@needs_simulator
+def test_environment_options_are_used_and_kept(tmp_path):
+    options = {"control": "joint_position", "control_hz": 10}
+    report = record("robopolicy_sim/Lift-v0", tmp_path / "d.zarr", episodes=1, options=options)
+    store = EpisodeStore.open(report.path)
+    assert store.fps == 10 and store.schema.arrays["action"].shape == (8,)
+    assert store.schema.attributes["environment_options"] == options
+
+
+@needs_simulator
 def test_push_puck_with_a_camera_in_two_processes(tmp_path):
     report = record(PUSH_PUCK, tmp_path / "d.zarr", episodes=2, workers=2, cameras=("top",), image_size=32, noise=0.03)
     store = EpisodeStore.open(report.path)
@@ -170,6 +193,36 @@ def test_verb_records(tmp_path, capsys):
 
 
 @needs_simulator
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qualities": {"failing": 1}}, "--keep-failures"),
+        ({"qualities": {"good": -1}}, "must be at least 0"),
+        ({"modes": {"upside_down": 1}}, "cannot play mode 'upside_down'.*left, right"),
+        ({"options": {"control": "impedance"}}, "control='impedance' is unknown; choose one of"),
+    ],
+)
+@needs_simulator
+def test_impossible_behaviours_are_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        record("robopolicy_sim/Reach-v0", tmp_path / "d.zarr", episodes=1, **options)
+
+
+@pytest.mark.parametrize("words", [["control"], ["=1"], ["control={a"]])
+def test_options_that_cannot_be_read(words):
+    with pytest.raises(UserError, match="--option"):
+        verb.parse_options(words)
+
+
+def test_shares_and_options_are_read():
+    assert verb.parse_shares("good=0.7, sloppy=0.3") == {"good": 0.7, "sloppy": 0.3}
+    assert verb.parse_shares("left") == {"left": 1.0}
+    wanted = {"control_hz": 10, "variation": {"lighting": "darker"}}
+    assert verb.parse_options(["control_hz=10", "variation={lighting: darker}"]) == wanted
+    with pytest.raises(UserError, match="NAME=SHARE"):
+        verb.parse_shares("good=much")
+
+
 def test_verb_suggests_the_task_that_was_meant():
     with pytest.raises(UserError, match="Did you mean 'push_puck'"):
         task_id("push_pukc")

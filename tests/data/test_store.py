@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import zarr
 
+from robopolicy.data.edit import drop
 from robopolicy.data.layout import IMAGE_SHARD_BYTES
 from robopolicy.data.schema import ArraySpec
 from robopolicy.data.store import EpisodeStore
+from robopolicy.data.summary import describe
 from robopolicy.errors import UserError
 
 from .episodes import ARRAYS, IMAGE, assert_same, smooth_episode, write_dataset
@@ -46,6 +48,16 @@ def test_labels_are_none_where_unknown(tmp_path: Path) -> None:
         assert (store.tasks, store.episode_success, store.episode_seeds) == (["", "push"], [None, False], [None, 0])
     with EpisodeStore.open(tmp_path / "d.zarr") as store:
         assert (store.tasks, store.episode_success, store.episode_seeds) == (["", "push"], [None, False], [None, 0])
+
+
+def test_behaviours_are_named_once_and_survive_edits(tmp_path: Path) -> None:
+    with EpisodeStore.create(tmp_path / "d.zarr", ARRAYS, fps=None) as store:
+        for seed, behaviour in enumerate(("good:left", "", "sloppy:right", "good:left")):
+            store.append(smooth_episode(seed, 3), behaviour=behaviour)
+    drop(tmp_path / "d.zarr", tmp_path / "clean.zarr", [0])
+    with EpisodeStore.open(tmp_path / "clean.zarr") as store:
+        assert store.behaviours == ["", "sloppy:right", "good:left"]
+    assert "2 x good:left" in describe(EpisodeStore.open(tmp_path / "d.zarr"))
 
 
 def test_reads_are_clipped_to_the_committed_steps(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ PROMISED = {
     "data_questions.md": "pictures/quality.png data/calm.zarr data/more.zarr data/all.zarr",
     "peers_environments.md": "data/drawer_open.zarr data/pick_place.zarr/data/observation.image.scene",
     "fidelity.md": "fidelity.html results/a/report.html results/b/report.html selection.json",
+    "randomization.md": "data/varied.zarr data/late.zarr",
     "scale.md": "results/processes/report.html results/ray/report.html",
     "simulation.md": (
         "data/push_puck.zarr data/noisy.zarr data/images.zarr/data/observation.image.wrist data/joints.zarr "

@@ -103,18 +103,22 @@ class PushTEnv(ArmTaskEnv):
         block = np.array([*rng.uniform(low, high), rng.uniform(-np.pi, np.pi)])
         while self.tee.coverage(block, goal) > FAR_ENOUGH:
             block = np.array([*rng.uniform(low, high), rng.uniform(-np.pi, np.pi)])
-        nearest, farthest = self.rod_region
-        rod = rng.uniform(nearest, farthest)
-        while np.linalg.norm(rod - block[:2]) < self.tee.radius + 2 * self._rod_radius:
-            rod = rng.uniform(nearest, farthest)
         self.place("goal", [*goal[:2], 0.0], goal[2])
         self.place("tee", [*block[:2], rest_height()], block[2])
+        self._place_rod(rng, block[:2])
+
+    def _place_rod(self, rng: np.random.Generator, block: np.ndarray) -> None:
+        low, high = self.rod_region
+        rod = rng.uniform(low, high)
+        while np.linalg.norm(rod - block) < self.tee.radius + 2 * self._rod_radius:
+            rod = rng.uniform(low, high)
         self.start_tool(np.array([*rod, self.tool_height]))
 
     def _place_from_state(self, state: np.ndarray) -> None:
         super()._place_from_state(state)
         x, y, cos, sin = state[-4:]
         self.place("goal", [x + self.base_position[0], y + self.base_position[1], 0.0], float(np.arctan2(sin, cos)))
+        self._place_rod(np.random.default_rng(0), (state[:3] + self.base_position)[:2])
 
     def _begin(self) -> None:
         self._coverage = self._measure()

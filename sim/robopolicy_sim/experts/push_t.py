@@ -22,7 +22,7 @@ UNIT_AT_FULL_SPEED = 0.03  # m; it goes around smaller blocks more slowly
 SPACING = 0.006  # m between the points of a path
 LONG_WAY = np.deg2rad(230)  # beyond this, the other way around the block is taken
 TEMPERATURE = 0.15  # of the choice among pushes by a sloppy expert, in units of their cost
-MISJUDGED = 0.03  # m that the goal may be mistaken by without consequence, times the block's scale
+MISJUDGED = 1.0  # units; those that make mistakes take the goal to be 2 to 2.6 times as far from where it is
 
 
 class PushTExpert(ScriptedExpert):
@@ -57,7 +57,7 @@ class PushTExpert(ScriptedExpert):
         x, y, yaw = self.env.pose("goal")
         if self.quality == "sloppy":
             return np.array([x, y, yaw])
-        seen = self.aim(np.array([x, y, 0.0]), tolerance=MISJUDGED)
+        seen = self.aim(np.array([x, y, 0.0]), tolerance=MISJUDGED * self.env.tee.unit)
         return np.array([seen[0], seen[1], yaw])
 
     def _rod(self) -> np.ndarray:
@@ -72,7 +72,8 @@ class PushTExpert(ScriptedExpert):
         pose = self.env.pose("tee")
         pushes = self._planner.pushes(pose, goal, self.rng)
         if self.quality == "sloppy":
-            costs = np.array([push.cost for push in pushes[:40]])
+            # With Gumbel noise the best one is a draw from the softmax of the costs.
+            costs = np.array([push.cost for push in pushes])
             noise = TEMPERATURE * self.rng.gumbel(size=len(costs))
             pushes = [pushes[i] for i in np.argsort(costs - noise)]
         for push in pushes:
@@ -156,8 +157,7 @@ def _between(start: np.ndarray, end: np.ndarray) -> np.ndarray:
 def _to_circle(point: np.ndarray, direction: np.ndarray, centre: np.ndarray, radius: float) -> np.ndarray:
     """Where a ray from inside a circle leaves it; the point itself when it is outside."""
     offset = point - centre
-    along = offset @ direction
-    inside = along**2 + radius**2 - offset @ offset
     if offset @ offset >= radius**2:
         return point
-    return point + (np.sqrt(inside) - along) * direction
+    along = offset @ direction
+    return point + (np.sqrt(along**2 + radius**2 - offset @ offset) - along) * direction

@@ -8,7 +8,7 @@ It has no depth: everything simulated is in front of it, and simulated shadows f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import mujoco
@@ -22,6 +22,7 @@ MODES = ("background", "background+object", "debug")
 SCENERY = ("bench",)  # bodies that are no foreground, beside what is fixed to the world
 ASPECT_TOLERANCE = 0.01
 DEBUG_BLEND = 0.5
+GEOM = int(mujoco.mjtObj.mjOBJ_GEOM)  # an enum would be compared pixel by pixel in Python
 
 
 class Scene(Protocol):
@@ -72,7 +73,7 @@ class Background:
         Raises:
             ValueError: a key is unknown, the photograph is not given, or a value is impossible.
         """
-        known = [field.name for field in fields(cls)]
+        known = [entry.name for entry in fields(cls)]
         unknown = [key for key in option if key not in known]
         if unknown:
             raise ValueError(f"background: '{unknown[0]}' is unknown; it has {', '.join(known)}.")
@@ -81,31 +82,27 @@ class Background:
         return cls(**option)
 
 
-@dataclass
 class PhotoLayer:
     """A photograph and which geoms of a model stand before it.
+
+    Args:
+        background: the option.
+        model: of the scene.
+        robot: name of the arm's root body.
 
     Raises:
         ValueError: the camera or a name does not exist, the camera moves, or the photograph cannot be read.
     """
 
-    background: Background
-    model: mujoco.MjModel
-    robot: str
-    _photos: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check_fixed_camera(self.model, self.background.camera)
-        self._photo = read_photo(self.background.photo)
+    def __init__(self, background: Background, model: mujoco.MjModel, robot: str) -> None:
+        _check_fixed_camera(model, background.camera)
+        self.background = background
+        self._photo = read_photo(background.photo)
+        self._resized_photos: dict[tuple[int, int], np.ndarray] = {}
+        shown = geoms_of(model, [robot]) if background.mode == "background+object" else foreground_geoms(model)
+        shown = (shown | geoms_of(model, background.keep)) & ~geoms_of(model, background.overlay)
         # One entry more: -1 stands for "no geom" in a segmentation.
-        self._photo_share = np.append(1.0 - self._foreground(), 1.0).astype(np.float32)
-
-    def _foreground(self) -> np.ndarray:
-        model, background = self.model, self.background
-        robot = geoms_of(model, [self.robot])
-        shown = robot if background.mode == "background+object" else foreground_geoms(model)
-        shown = shown | geoms_of(model, background.keep)
-        return shown & ~geoms_of(model, background.overlay)
+        self._photo_share = np.append(1.0 - shown, 1.0).astype(np.float32)
 
     def fits(self, size: tuple[int, int]) -> bool:
         """Whether an image of ``size = (height, width)`` has the photograph's aspect ratio within 1 %."""
@@ -136,7 +133,7 @@ class PhotoLayer:
         if self.background.mode == "debug":
             share = np.full(image.shape[:2], DEBUG_BLEND, np.float32)
         else:
-            geoms = np.where(segmentation[..., 1] == mujoco.mjtObj.mjOBJ_GEOM, segmentation[..., 0], -1)
+            geoms = np.where(segmentation[..., 1] == GEOM, segmentation[..., 0], -1)
             share = self._photo_share[geoms]
             if self.background.soft_edge == 0:
                 return np.where(share[..., None] > 0, photo, image)
@@ -145,11 +142,11 @@ class PhotoLayer:
         return np.rint(mixed).astype(np.uint8)
 
     def _resized(self, size: tuple[int, int]) -> np.ndarray:
-        if size not in self._photos:
+        if size not in self._resized_photos:
             height, width = size
             picture = Image.fromarray(self._photo).resize((width, height), Image.Resampling.LANCZOS)
-            self._photos[size] = np.asarray(picture)
-        return self._photos[size]
+            self._resized_photos[size] = np.asarray(picture)
+        return self._resized_photos[size]
 
 
 class PhotoRenderer(CameraRenderer):

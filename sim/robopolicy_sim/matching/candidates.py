@@ -69,7 +69,7 @@ class SearchSpace:
 
     @property
     def steps(self) -> np.ndarray:
-        """(3 n + 1,) steps of numerical derivatives; the latency changes by whole time steps only."""
+        """(3 n + 1,) steps of numerical derivatives."""
         return self.spread(np.array([0.05, 0.05, 0.005, 1.0]))
 
     def spread(self, shared: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ class SearchSpace:
             stiffness=tuple((np.exp(stiffness) * self.nominal.stiffness).tolist()),
             damping=tuple((np.exp(damping) * self.nominal.damping).tolist()),
             friction=tuple((friction * self.torque).tolist()),
-            action_latency=round(round(float(vector[-1])) * self.timestep, 6),
+            action_latency=float(vector[-1]) * self.timestep,
         )
 
 
@@ -129,12 +129,7 @@ def evaluate(replayer: Replayer, parameters: RobotParameters) -> Evaluation:
 
 
 class CandidateEvaluator:
-    """Evaluates candidates, in processes if there are several workers, and remembers the best.
-
-    Attributes:
-        evaluations: candidates so far.
-        best: the one with the least loss, `best_loss`.
-    """
+    """Evaluates candidates, in processes if there are several workers, and counts them in ``evaluations``."""
 
     def __init__(
         self,
@@ -146,7 +141,7 @@ class CandidateEvaluator:
         workers: int = 1,
         progress: Callable[[int, float], None] | None = None,
     ) -> None:
-        self.evaluations, self.best_loss, self.best = 0, np.inf, RobotParameters()
+        self.evaluations, self._least = 0, np.inf
         self.replayer = Replayer(arm, control, control_hz, motions)
         self._progress = progress
         self._pool: ProcessPoolExecutor | None = None
@@ -169,14 +164,13 @@ class CandidateEvaluator:
             results: Iterable[Evaluation] = (evaluate(self.replayer, candidate) for candidate in candidates)
         else:
             results = self._pool.map(_evaluate_in_worker, candidates)
-        return [self._noted(*pair) for pair in zip(candidates, results, strict=True)]
+        return [self._counted(result) for result in results]
 
-    def _noted(self, candidate: RobotParameters, result: Evaluation) -> Evaluation:
+    def _counted(self, result: Evaluation) -> Evaluation:
         self.evaluations += 1
-        if result.loss < self.best_loss:
-            self.best_loss, self.best = result.loss, candidate
+        self._least = min(self._least, result.loss)
         if self._progress is not None:
-            self._progress(self.evaluations, self.best_loss)
+            self._progress(self.evaluations, self._least)
         return result
 
 

@@ -21,7 +21,7 @@ from robopolicy_sim.matching.candidates import Bounds, CandidateEvaluator, Searc
 from robopolicy_sim.matching.replay import Motion, Replayer
 from robopolicy_sim.matching.robot_parameters import RobotParameters
 
-GLOBAL_SHARE = 0.5  # of the evaluations
+GLOBAL_SHARE, FREE_SHARE = 0.4, 0.4  # of the evaluations; the rest goes to the last refinement
 POPULATION = 20  # candidates of the global stage
 PRIOR = 5e-5  # m of pose error that a gain e times its nominal value weighs: what the data do not show stays nominal
 MOVING = 0.02  # least change of the measured opening in a step that counts as moving
@@ -101,10 +101,13 @@ def identify(
     others = Replayer(arm, control, control_hz, held_out)
     with CandidateEvaluator(arm, control, control_hz, motions, workers=workers, progress=progress) as evaluator:
         space = SearchSpace.of(evaluator.replayer, bounds)
-        evaluator([RobotParameters()])
-        shared = _search_shared(evaluator, space, round(GLOBAL_SHARE * evaluations), seed)
-        _refine(evaluator, space, space.spread(shared), evaluations - evaluator.evaluations)
-    found = _fit_gripper(evaluator.replayer, evaluator.best, bounds)
+        vector = space.spread(_search_shared(evaluator, space, round(GLOBAL_SHARE * evaluations), seed))
+        vector = _refine(evaluator, space, vector, round(FREE_SHARE * evaluations))
+        vector[-1] = round(vector[-1])  # tasks delay commands by whole time steps
+        vector = _refine(evaluator, space, vector, evaluations - evaluator.evaluations, fixed=1)
+        candidates = RobotParameters(), space.parameters(vector)
+        losses = [evaluation.loss for evaluation in evaluator(candidates)]
+    found = _fit_gripper(evaluator.replayer, candidates[int(np.argmin(losses))], bounds)
     errors = [
         replay_error(replayer, parameters) if replayer.motions else None
         for replayer in (evaluator.replayer, others)
@@ -148,30 +151,35 @@ def _search_shared(evaluator: CandidateEvaluator, space: SearchSpace, evaluation
     return result.x
 
 
-def _refine(evaluator: CandidateEvaluator, space: SearchSpace, start: np.ndarray, evaluations: int) -> None:
-    """Least squares over all parameters from ``start`` (3 n + 1,); the evaluator keeps the best candidate."""
-    low, high = space.limits
+def _refine(
+    evaluator: CandidateEvaluator, space: SearchSpace, start: np.ndarray, evaluations: int, fixed: int = 0
+) -> np.ndarray:
+    """Least squares over all parameters but the last ``fixed`` from ``start`` (3 n + 1,); returns the end."""
+    free = len(start) - fixed
+    low, high = space.limits[:, :free]
     gains = 2 * len(space.torque)
 
     def residuals(vectors: Iterable[np.ndarray]) -> list[np.ndarray]:
-        vectors = list(vectors)
+        vectors = [np.append(vector, start[free:]) for vector in vectors]
         found = evaluator(space.parameters(vector) for vector in vectors)
         return [np.append(e.residuals, PRIOR * v[:gains]) for e, v in zip(found, vectors, strict=True)]
 
     def jacobian(vector: np.ndarray) -> np.ndarray:
-        steps = np.where(vector + space.steps > high, -space.steps, space.steps)
+        steps = space.steps[:free]
+        steps = np.where(vector + steps > high, -steps, steps)
         here, *moved = residuals([vector, *(vector + np.diag(steps))])
         return (np.array(moved) - here).T / steps
 
     span = high - low
-    least_squares(
+    result = least_squares(
         lambda vector: residuals([vector])[0],
-        np.clip(start, low + 1e-3 * span, high - 1e-3 * span),  # strictly inside, as the method wants
+        np.clip(start[:free], low + 1e-3 * span, high - 1e-3 * span),  # strictly inside, as the method wants
         jacobian,
         (low, high),
         x_scale=span,
-        max_nfev=max(1, evaluations // (len(start) + 2)),
+        max_nfev=max(1, evaluations // (free + 2)),
     )
+    return np.append(result.x, start[free:])
 
 
 def _fit_gripper(replayer: Replayer, parameters: RobotParameters, bounds: Bounds) -> RobotParameters:

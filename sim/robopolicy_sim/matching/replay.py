@@ -128,15 +128,24 @@ class EmptyBench(ArmTaskEnv):
     expert_class = ScriptedExpert
     instruction = ""
 
-    def start(self, joints: np.ndarray, opening: float) -> None:
-        """Begin at rest at joint angles (n,) and an opening share."""
+    def start(self, joints: np.ndarray, opening: float, latency: float = 0.0) -> None:
+        """Begin at rest at joint angles (n,) and an opening share; commands come later by ``latency`` seconds.
+
+        The latency need not be a whole number of time steps as in a task: a search wants to change it smoothly.
+        """
+        steps = round(latency / self.model.opt.timestep, 6)
+        self.action_latency, self._fraction = int(steps) * self.model.opt.timestep, steps % 1
         mujoco.mj_resetData(self.model, self.data)
         self._hold(joints, opening)
+        self._last = self.data.ctrl.copy()
         mujoco.mj_kinematics(self.model, self.data)
 
     def commands(self, action: np.ndarray) -> np.ndarray:
-        """Servo set points (substeps, n_actuators) for one control period; latency is in them."""
-        return self._setpoints(action)
+        """Servo set points (substeps, n_actuators) for one control period, as late as `start` said."""
+        rows = self._setpoints(action)
+        before = np.vstack([self._last, rows[:-1]])
+        self._last = rows[-1]
+        return rows + self._fraction * (before - rows)
 
     def pose(self) -> tuple[np.ndarray, np.ndarray]:
         """TCP position (3,) and rotation (3, 3) in the frame of the arm's base."""
@@ -195,14 +204,14 @@ class Replayer:
 
         Args:
             number: index of the motion.
-            parameters: of the arm; what is None stays the model's own.
+            parameters: of the arm; what is None stays the model's own. The latency may end between time steps.
         """
         bench, data, motion = self.bench, self.bench.data, self.motions[number]
         self.nominal.apply(bench.model, self.arm)
         parameters.apply(bench.model, self.arm)
-        bench.action_latency = parameters.action_latency or 0.0
-        bench.start(motion.joints[0], float(motion.opening[0]))
-        commands = None if self._commands is None else self._delayed(self._commands[number])
+        latency = parameters.action_latency or 0.0
+        bench.start(motion.joints[0], float(motion.opening[0]), latency)
+        commands = None if self._commands is None else self._delayed(self._commands[number], latency)
         states = []
         for step, action in enumerate(motion.actions):
             states.append((bench.opening(), *bench.pose()))
@@ -218,9 +227,11 @@ class Replayer:
         self.bench.start(motion.joints[0], float(motion.opening[0]))
         return np.stack([self.bench.commands(action) for action in motion.actions])
 
-    def _delayed(self, commands: np.ndarray) -> np.ndarray:
-        """Set points, as many as given, that come later by the bench's latency; before, the servos hold the start."""
-        steps = round(self.bench.action_latency / self.timestep)
-        flat = commands.reshape(-1, commands.shape[-1])
-        held = np.tile(self.bench.data.ctrl, (steps, 1))
-        return np.concatenate([held, flat])[: len(flat)].reshape(commands.shape)
+    def _delayed(self, commands: np.ndarray, latency: float) -> np.ndarray:
+        """Set points, as many as given, that come later by ``latency`` seconds; before, the servos hold the start."""
+        flat = np.concatenate([self.bench.data.ctrl[None], commands.reshape(-1, commands.shape[-1])])
+        steps = np.arange(1, len(flat)) - round(latency / self.timestep, 6)
+        earlier = np.floor(steps).astype(int)
+        share = (steps - earlier)[:, None]
+        first, second = (flat[np.clip(index, 0, len(flat) - 1)] for index in (earlier, earlier + 1))
+        return (first + share * (second - first)).reshape(commands.shape)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 MAX_COUNT = 6
 REGION_LOW, REGION_HIGH = (-0.28, -0.38), (0.30, 0.38)  # m, corners of where they may lie
-GAP = 0.01  # m between two of them, or to the foot of the arm
+HIGHEST = 0.065  # m of a thing
+GAP = 0.01  # m between two of them, or to the arm
 FINGER_ROOM = 0.05  # m that stays free about the task's objects
 CORRIDOR = 0.06  # m, half width of what stays free between two of the task's bodies
 TRIES = 400
@@ -43,7 +44,7 @@ class Part:
 
 
 LYING = (1.0, 0.0, 1.0, 0.0)  # along x instead of z
-# At most 6 cm high, so that the hand passes above them.
+# Lower than `HIGHEST`, so that the hand passes above them.
 THINGS: dict[str, tuple[Part, ...]] = {
     "can": (
         Part("cylinder", (0.030, 0.029), (0, 0, 0.029), (0.20, 0.42, 0.66)),
@@ -140,7 +141,7 @@ def _kept_free(env: ArmTaskEnv) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Start (n, 2), end (n, 2) and radius (n,) of the stadiums where nothing may lie.
 
     They are: the task's geoms, along the whole way of the slide joints that carry them; the ways between the task's
-    bodies; the foot of the arm.
+    bodies; the foot of the arm, and its hand where that is low.
     """
     model, data = env.model, env.data
     mine = task_bodies(model, env)
@@ -161,9 +162,11 @@ def _kept_free(env: ArmTaskEnv) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             starts.append(data.xpos[body, :2])
             ends.append(data.xpos[other, :2])
             radii.append(CORRIDOR)
-    starts.append(env.base_position[:2])
-    ends.append(env.base_position[:2])
-    radii.append(0.12)
+    arm = model.body_rootid[model.geom_bodyid] == model.body(env.arm.base).id
+    low = np.flatnonzero(arm & (data.geom_xpos[:, 2] - model.geom_rbound < env.table_height + HIGHEST))
+    starts += [*data.geom_xpos[low, :2]]
+    ends += [*data.geom_xpos[low, :2]]
+    radii += [*model.geom_rbound[low]]
     return np.array(starts), np.array(ends), np.array(radii)
 
 
