@@ -57,9 +57,7 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb ``data`` and its sub-verbs to the command line."""
-    parser = subparsers.add_parser(
-        "data", help="show, check, mend, judge, merge, split datasets", description=__doc__
-    )
+    parser = subparsers.add_parser("data", help="show, check, mend, judge, merge, split datasets", description=__doc__)
     verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
 
     show = _verb(verbs, "show", "what a dataset holds", _SHOW, _show)

@@ -31,7 +31,9 @@ def at_home(control: str) -> tuple[Controller, ArmState]:
 def test_encode_is_the_inverse_of_step(control: str) -> None:
     controller, state = at_home(control)
     wanted = ToolTarget(
-        state.position + [0.01, -0.015, 0.008], rotation_from_vector(np.array([0.02, 0.03, -0.05])) @ state.rotation, 0.3
+        state.position + [0.01, -0.015, 0.008],
+        rotation_from_vector(np.array([0.02, 0.03, -0.05])) @ state.rotation,
+        0.3,
     )
     action = controller.encode(wanted, state)
     assert action.dtype == np.float32 and controller.action_space.contains(action)

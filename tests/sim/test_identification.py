@@ -75,8 +75,10 @@ def test_a_latency_between_time_steps_replays_between_its_neighbours(control: st
     early, between, late = (
         replayer.replay(0, RobotParameters(action_latency=seconds)).position for seconds in (0.02, 0.0225, 0.025)
     )
-    assert np.abs(late - early).max() > 1e-4
-    np.testing.assert_allclose(between, (early + late) / 2, atol=5e-6)
+    change = np.abs(late - early).max()
+    assert change > 3e-4
+    # not exactly in the middle where a torque limit is reached
+    np.testing.assert_allclose(between, (early + late) / 2, atol=0.1 * change)
 
 
 def recorded_deltas(env, steps: int = 20) -> Motion:
@@ -96,7 +98,7 @@ def test_a_hidden_robot_is_found_from_its_recordings() -> None:
         "panda",
         motions(env, range(3)),
         held_out=motions(env, range(10, 12)),
-        evaluations=160,
+        evaluations=240,
         progress=lambda done, loss: seen.append((done, loss)),
     )
     before, after = found.held_out_before, found.held_out_after
@@ -110,7 +112,7 @@ def test_a_hidden_robot_is_found_from_its_recordings() -> None:
     assert [done for done, _ in seen] == list(range(1, found.evaluations + 1))
     losses = [loss for _, loss in seen]
     assert losses == sorted(losses, reverse=True)
-    assert found.evaluations < 220
+    assert found.evaluations < 300
 
 
 def test_noise_of_the_measurement_does_not_break_the_fit() -> None:

@@ -30,8 +30,9 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
     """A task in a MuJoCo scene, controlled at a fixed rate.
 
     Observations: float32 vectors by key (``observation.state`` always) and, for each camera asked for,
-    ``observation.image.<camera>`` (image_size, image_size, 3) uint8 RGB. The reward is the progress in [0, 1], 1 on success; success ends the
-    episode. ``info`` holds ``success`` (bool), ``progress`` (float) and ``stages`` (bool by name).
+    ``observation.image.<camera>`` (image_size, image_size, 3) uint8 RGB. The reward is the progress in [0, 1], 1 on
+    success; success ends the episode. ``info`` holds ``success`` (bool), ``progress`` (float) and ``stages`` (bool by
+    name).
 
     Args:
         cameras: cameras of the scene to observe.

@@ -52,7 +52,11 @@ def add_visual(
 
 
 def separated_points(
-    rng: np.random.Generator, count: int, half_extent: Sequence[float], min_distance: float, tries: int = 1000
+    rng: np.random.Generator,
+    count: int,
+    half_extent: Sequence[float] | np.ndarray,
+    min_distance: float,
+    tries: int = 1000,
 ) -> np.ndarray:
     """Random points (count, 2) in the rectangle of these half sides about the origin, at least so far apart, in metres.
 
