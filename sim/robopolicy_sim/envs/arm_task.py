@@ -119,11 +119,6 @@ class ArmTaskEnv(MujocoTaskEnv):
             data.site_xmat[self._tcp].reshape(3, 3).copy(),
         )
 
-    @property
-    def home_yaw(self) -> float:
-        """Heading of the tool at home, in radians."""
-        return float(np.arctan2(self._home_rotation[1, 0], self._home_rotation[0, 0]))
-
     def opening(self) -> float:
         """Measured opening of the gripper, 0 closed to 1 open."""
         return self.arm.gripper.share(self.data.qpos[self._gripper_qpos])

@@ -11,6 +11,8 @@ from robopolicy_sim.experts.scripted import ScriptedExpert, nearest_turn, top_do
 
 HOVER = 0.09  # m above a block before and after it is grasped
 SLIPS = 4  # steps without contact after which a block counts as lost
+# Of the hand, without and with the quarter turn; all arms reach 45 degrees to either side of them.
+HEADINGS = (np.radians(20.0), np.radians(110.0))
 GRASP_TOLERANCE = 0.02  # m that a grasp of a block may be off
 
 
@@ -51,9 +53,9 @@ class GraspingExpert(ScriptedExpert):
         offset = state.position - env.position(body)
         rotation = state.rotation
         if yaw is not None:
-            turn = nearest_turn(yaw - env.yaw(body), np.pi / 2)
-            hand = np.arctan2(rotation[1, 0], rotation[0, 0])
-            rotation = top_down(float(hand + turn))
+            hand = float(np.arctan2(rotation[1, 0], rotation[0, 0]))
+            reference = float(np.clip(hand, *HEADINGS))
+            rotation = top_down(nearest_turn(hand + yaw - env.yaw(body), np.pi / 2, reference))
         above = goal + offset + [0, 0, clearance]
         lifted = np.array([state.position[0], state.position[1], above[2]])
         for waypoint, turned, tolerance in (
@@ -74,7 +76,5 @@ class GraspingExpert(ScriptedExpert):
         yield from self.rise(HOVER)
 
     def grasp_yaw(self, body: str, quarter_turn: bool) -> float:
-        """Hand heading that closes on a pair of the block's faces; of two half turns the one nearer to home."""
-        quarter = np.pi / 2 if quarter_turn else 0.0
-        side = np.pi / 4 if quarter_turn else -np.pi / 4
-        return nearest_turn(self.env.yaw(body) + quarter, np.pi, reference=self.env.home_yaw + side)
+        """Hand heading that closes on a pair of the block's faces, by mode near one or the other middle heading."""
+        return float(nearest_turn(self.env.yaw(body), np.pi / 2, reference=HEADINGS[quarter_turn]))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LiftExpert(GraspingExpert):
-    """Modes: the pair of faces that is grasped, a quarter turn apart."""
+    """Modes: the pair of faces that is grasped, with the hand a quarter turn apart."""
 
     @classmethod
     def modes(cls, env: ArmTaskEnv) -> tuple[str, ...]:
