@@ -33,7 +33,8 @@ from robopolicy.data.record import record_demonstrations
 from robopolicy.data.store import EpisodeStore
 from robopolicy.evaluation.environments import environment
 from robopolicy.evaluation.evaluate import evaluate
-from robopolicy.evaluation.fidelity import fidelity, write_fidelity
+from robopolicy.evaluation.fidelity import fidelity
+from robopolicy.evaluation.fidelity_report import write_fidelity
 from robopolicy.evaluation.rates import rates_of_results
 from robopolicy.evaluation.results import write_json
 from robopolicy.policies.bundle import load_bundle
@@ -63,8 +64,9 @@ def record_real(task: str, folder: Path, episodes: int, size: int) -> Path:
     path = folder / "real.zarr"
     if not path.exists():
         options = SHARED | HIDDEN
+        # Without noise: what is stored must be what was commanded.
         record_demonstrations(
-            task, path, episodes=episodes, seed=90_000, options=options, cameras=(CAMERA,), image_size=size, noise=0.01,
+            task, path, episodes=episodes, seed=90_000, options=options, cameras=(CAMERA,), image_size=size,
             keep_failures=True,
         )  # fmt: skip
     return path

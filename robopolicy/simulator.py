@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from typing import Any
 
 from robopolicy.errors import UserError, did_you_mean, require_extra
 
@@ -29,6 +30,23 @@ def registered_id(env_id: str) -> str:
             if error.name != namespace:
                 raise UserError(f"{env_id}: the package '{namespace}' cannot be imported: {error}.") from error
     return env_id
+
+
+def make_environment(env_id: str, /, **arguments: Any) -> Any:
+    """Make a Gymnasium environment, without Gymnasium's checker.
+
+    Args:
+        env_id: a Gymnasium id.
+        arguments: of ``gymnasium.make`` and of the environment.
+
+    Raises:
+        UserError: the id is unknown, or the environment refuses its arguments.
+    """
+    gymnasium = require_extra("gymnasium", "sim")
+    try:
+        return gymnasium.make(registered_id(env_id), disable_env_checker=True, **arguments)
+    except (gymnasium.error.Error, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{env_id}: the environment cannot be made: {error}") from error
 
 
 def simulated_tasks() -> dict[str, str]:

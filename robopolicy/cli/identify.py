@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import os
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from robopolicy.errors import UserError, require_extra
-from robopolicy.simulator import registered_id, task_id
+from robopolicy.simulator import make_environment, task_id
 
 if TYPE_CHECKING:
     from robopolicy.data.store import EpisodeStore
@@ -142,11 +141,7 @@ def arm_of(task: str) -> tuple[Any, tuple[str, ...]]:
     Raises:
         UserError: there is no such task, or it has no arm.
     """
-    gymnasium = require_extra("gymnasium", "sim")
-    try:
-        env = gymnasium.make(registered_id(task_id(task)), disable_env_checker=True)
-    except (gymnasium.error.Error, TypeError, ValueError) as error:
-        raise UserError(f"{task}: the environment cannot be made: {error}") from error
+    env = make_environment(task_id(task))
     arm, names = getattr(env.unwrapped, "arm", None), env.metadata.get("names", {}).get(STATE, ())
     env.close()
     if arm is None:
@@ -185,13 +180,14 @@ def read_motions(store: EpisodeStore, names: Sequence[str], arm: Any, episodes: 
 
 def write_result(path: Path, found: Any, arm: str, control: str, control_hz: float, data: dict[str, Any]) -> None:
     """Write parameters with all that is needed to judge and repeat them, as JSON."""
+    from robopolicy.evaluation.environments import package_version
     from robopolicy.evaluation.results import write_json
 
     error = {"before": asdict(found.before), "after": asdict(found.after)}
     if found.held_out_before is not None:
         error |= {"held_out_before": asdict(found.held_out_before), "held_out_after": asdict(found.held_out_after)}
     search = {"evaluations": found.evaluations, "seed": found.seed, "bounds": asdict(found.bounds)}
-    versions = {name: importlib.metadata.version(name) for name in ("robopolicy", "mujoco", "scipy", "numpy")}
+    versions = {name: package_version(name) for name in ("robopolicy", "mujoco", "scipy", "numpy")}
     write_json(
         path,
         {
@@ -233,10 +229,10 @@ def read_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
         UserError: the file is not there, or a column or number is missing.
     """
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a CSV table: {error}") from error
     try:
         values = np.array([[float(row[name]) for name in "xyzuv"] for row in rows]).reshape(-1, 5)
     except (KeyError, TypeError, ValueError) as error:

@@ -16,6 +16,8 @@ from robopolicy.simulator import task_id
 if TYPE_CHECKING:
     from robopolicy.evaluation.randomization_search import Play, Round
 
+FIRST_SEED = 300_000  # no demonstration, evaluation or evaluation during training starts there
+
 HELP = """\
 Find the widest randomization of a simulated task under which a policy, or the scripted expert, still succeeds.
 
@@ -47,7 +49,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--step", type=float, default=0.3, metavar="NATS", help="largest KL of a step (default 0.3)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="(default 15)")
     parser.add_argument("--episodes", type=int, default=100, metavar="N", help="in each round (default 100)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first episode (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=FIRST_SEED, help=f"seed of the first episode (default {FIRST_SEED})"
+    )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that simulate for a policy")
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="argument of the environment; repeatable"
@@ -111,8 +115,8 @@ def parse_factors(words: Sequence[str]) -> dict[str, tuple[float, float] | None]
 def _check(args: argparse.Namespace) -> None:
     if not 0 < args.success <= 1:
         raise UserError(f"--success is {args.success:g}, wanted above 0, at most 1.")
-    if args.step <= 0 or args.rounds < 1 or args.episodes < 10:
-        raise UserError("--step must be above 0, --rounds at least 1, --episodes at least 10.")
+    if not args.step > 0 or args.rounds < 1 or args.episodes < 10 or args.seed < 0:
+        raise UserError("--step must be above 0, --rounds at least 1, --episodes at least 10, --seed at least 0.")
 
 
 def _expert(args: argparse.Namespace) -> Play:

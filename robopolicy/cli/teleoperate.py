@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from robopolicy.teleoperation.window import Window
 
     _check(args)
-    env = live.make_environment(task_id(args.task), time_limit=args.time_limit, **_environment_options(args))
+    env = live.make_playable(task_id(args.task), time_limit=args.time_limit, **_environment_options(args))
     with ExitStack() as stack:
         stack.callback(env.close)
         adapter = action_adapter(env)

@@ -100,7 +100,7 @@ class Measure:
     Attributes:
         value, low, high: over all steps, with a 95 % percentile bootstrap interval over the episodes. The neighbours
             are not drawn again, so the interval speaks of the episodes that are judged, not of those that judge.
-        episodes: (E,) of each episode.
+        episodes: (E,) of each episode; NaN where it has no step to judge.
         phases: (PHASES,) over the course of an episode; NaN where no step falls.
     """
 
@@ -112,11 +112,11 @@ class Measure:
 
     def outliers(self) -> np.ndarray:
         """Episodes whose value is far above the others', the worst first (median and median absolute deviation)."""
-        excess = self.episodes - np.median(self.episodes)
-        deviation = np.median(np.abs(excess))
+        excess = self.episodes - np.nanmedian(self.episodes)
+        deviation = np.nanmedian(np.abs(excess))
         if deviation == 0:
             return np.empty(0, dtype=np.int64)
-        score = 0.6745 * excess / deviation
+        score = np.nan_to_num(0.6745 * excess / deviation)
         worst = np.argsort(-score, kind="stable")
         return worst[score[worst] > _OUTLIER]
 
@@ -147,7 +147,7 @@ class Quality:
     def flags(self) -> list[tuple[int, str, float, float]]:
         """Episodes that stand out: (episode, measure, its value, the median)."""
         return [
-            (int(episode), name, float(measure.episodes[episode]), float(np.median(measure.episodes)))
+            (int(episode), name, float(measure.episodes[episode]), float(np.nanmedian(measure.episodes)))
             for name, measure in self.measures.items()
             for episode in measure.outliers()
         ]
@@ -165,8 +165,8 @@ class Quality:
                 name: {
                     "value": m.value,
                     "interval_95": [m.low, m.high],
-                    "episodes": m.episodes.tolist(),
-                    "phases": [None if np.isnan(v) else v for v in m.phases.tolist()],
+                    "episodes": _plain(m.episodes),
+                    "phases": _plain(m.phases),
                     "outliers": m.outliers().tolist(),
                 }
                 for name, m in self.measures.items()
@@ -346,6 +346,11 @@ def _table(store: EpisodeStore, specs: Sequence[ArraySpec]) -> np.ndarray:
     return np.concatenate([store.read(s.name).reshape(store.n_steps, -1).astype(np.float64) for s in specs], axis=1)
 
 
+def _plain(values: np.ndarray) -> list[float | None]:
+    """For JSON, which has no NaN."""
+    return [None if np.isnan(value) else value for value in values.tolist()]
+
+
 def _columns(specs: Sequence[ArraySpec]) -> tuple[str, ...]:
     names: list[str] = []
     for spec in specs:
@@ -369,7 +374,7 @@ def _neighbours(data: Trajectories, points: np.ndarray) -> int:
     """Enough neighbours for a regression on all columns, few enough to stay local."""
     wanted = max(20, 3 * (points.shape[1] + 1))
     available = len(points) - int(np.bincount(data.episodes).max())
-    if available < points.shape[1] + 2:
+    if available < max(points.shape[1] + 2, _ENTROPY_NEIGHBOUR):
         raise UserError(
             f"{data.name}: found {len(points)} steps for {points.shape[1]} columns that vary; that is too few to "
             "compare states. Record more episodes, or choose fewer arrays with --keys."
@@ -397,8 +402,10 @@ def _summarise(episodes: np.ndarray, steps: np.ndarray, values: np.ndarray, *, r
     finish = np.sqrt if root else np.asarray
     owner, n = episodes[steps], int(episodes[-1]) + 1
     counts, sums = np.bincount(owner, minlength=n), np.bincount(owner, values, minlength=n)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    low, high = np.quantile(finish(draws @ sums / (draws @ counts)), [0.025, 0.975])
+    judged = counts > 0  # an episode of one step has no transition
+    m = int(judged.sum())
+    draws = np.random.default_rng(0).multinomial(m, np.full(m, 1 / m), size=RESAMPLES)
+    low, high = np.quantile(finish(draws @ sums[judged] / (draws @ counts[judged])), [0.025, 0.975])
     lengths = np.bincount(episodes)
     phase = (steps - np.searchsorted(episodes, owner)) * PHASES // lengths[owner]
     in_phase, phase_sums = np.bincount(phase, minlength=PHASES), np.bincount(phase, values, minlength=PHASES)

@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from robopolicy.data.schema import ArraySpec
 from robopolicy.data.store import EpisodeStore
 from robopolicy.errors import UserError, require_extra
-from robopolicy.simulator import registered_id
+from robopolicy.simulator import make_environment
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +77,8 @@ class EnvironmentRecipe:
         Raises:
             UserError: the id is unknown, the environment refuses its arguments or has no scripted expert.
         """
-        gymnasium = require_extra("gymnasium", "sim")
-        wanted = {"cameras": self.cameras, "image_size": self.image_size} if self.cameras else {}
-        wanted |= json.loads(self.options)
-        try:
-            env = gymnasium.make(registered_id(self.env_id), disable_env_checker=True, **wanted)
-        except (gymnasium.error.Error, TypeError, ValueError) as error:
-            raise UserError(f"{self.env_id}: the environment cannot be made: {error}") from error
+        images = {"cameras": self.cameras, "image_size": self.image_size} if self.cameras else {}
+        env = make_environment(self.env_id, **(images | json.loads(self.options)))
         if not hasattr(env.unwrapped, "make_expert"):
             env.close()
             raise UserError(
@@ -202,7 +198,7 @@ def play_episode(env: Any, seed: int, manner: Manner) -> Episode:
     rng = np.random.default_rng((seed, 1))  # a stream of its own: the environment draws from default_rng(seed)
     disturbance = _disturbances(env.action_space, manner.noise, env.metadata["render_fps"], rng)
     observation, _ = env.reset(seed=seed)
-    expert = _make_expert(env, seed, manner)
+    expert = make_expert(env, seed, manner.choices(seed))
     steps: list[dict[str, Any]] = []
     ended = False
     while not ended:
@@ -217,8 +213,15 @@ def play_episode(env: Any, seed: int, manner: Manner) -> Episode:
     return Episode(arrays, getattr(env.unwrapped, "instruction", ""), bool(info["success"]), seed, behaviour)
 
 
-def _make_expert(env: Any, seed: int, manner: Manner) -> Any:
-    choices = manner.choices(seed)
+def make_expert(env: Any, seed: int, choices: Mapping[str, str]) -> Any:
+    """The environment's scripted expert.
+
+    Args:
+        choices: ``quality`` and ``mode``, where they are not left to the expert.
+
+    Raises:
+        UserError: it does not know the quality or mode.
+    """
     try:
         return env.unwrapped.make_expert(seed, **choices)
     except (TypeError, ValueError) as error:
@@ -255,7 +258,7 @@ def _open_store(path: Path, recipe: EnvironmentRecipe, seeds: range, manner: Man
                 f"{path} exists already. Append to it (--append, append=True) or choose another path; nothing is "
                 "ever overwritten."
             )
-        return _open_to_append(path, seeds)
+        return _open_to_append(path, recipe, seeds)
     with closing(recipe.make()) as env:
         arrays, fps = array_specs(env), float(env.metadata["render_fps"])
     provenance = {
@@ -269,8 +272,27 @@ def _open_store(path: Path, recipe: EnvironmentRecipe, seeds: range, manner: Man
     return EpisodeStore.create(path, arrays, fps=fps, attributes=provenance)
 
 
-def _open_to_append(path: Path, seeds: range) -> EpisodeStore:
+def check_same_environment(store: EpisodeStore, env_id: str, options: Mapping[str, Any]) -> None:
+    """Compare with the environment that a dataset says it was recorded in; equal shapes do not make equal actions.
+
+    Raises:
+        UserError: the id or an option differs; the store is closed.
+    """
+    attributes = store.schema.attributes
+    there = (str(attributes.get("env_id", env_id)).rpartition(":")[2], attributes.get("environment_options", {}))
+    wanted = (env_id.rpartition(":")[2], json.loads(json.dumps(dict(options))))
+    if "env_id" in attributes and there != wanted:
+        store.close()
+        raise UserError(
+            f"{store.path} was recorded in {there[0]} with the options {json.dumps(there[1])}, this is {wanted[0]} with "
+            f"{json.dumps(wanted[1])}. Use the same task and options, or another path; 'robopolicy data merge' joins "
+            "datasets."
+        )
+
+
+def _open_to_append(path: Path, recipe: EnvironmentRecipe, seeds: range) -> EpisodeStore:
     store = EpisodeStore.open(path, "a")
+    check_same_environment(store, recipe.env_id, json.loads(recipe.options))
     known = {seed for seed in store.episode_seeds if seed is not None}
     if not known.isdisjoint(seeds):
         store.close()
@@ -334,6 +356,11 @@ def _play_all(recipe: EnvironmentRecipe, seeds: range, manner: Manner, workers: 
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
         yield from _in_order(pool, partial(_play_in_worker, recipe, manner), seeds, ahead=2 * workers)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{recipe.env_id}: a recording process died; its own message is above. Use fewer workers if memory ran "
+            "out. Stored episodes are safe; go on with --append and the next seed."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

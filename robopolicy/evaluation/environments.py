@@ -21,7 +21,7 @@ from robopolicy.spec import KeySpec, PolicySpec, check_keys
 IMAGE_SIZE = 96  # side in pixels, unless the policy wants another
 DEFAULT_MAX_STEPS = 300  # of an environment that was registered without a limit
 VIDEO_SIZE = (240, 320)  # (height, width) in pixels
-FILE_OPTIONS = ("photo",)  # options, at any depth, that name a file; its bytes are part of the protocol
+FILE_OPTIONS = ("photo", "file")  # options, at any depth, that name a file; its bytes are part of the protocol
 OWN_ARGUMENTS = ("cameras", "image_size", "render_mode", "render_size", "max_episode_steps")  # settled by evaluation
 
 
@@ -95,13 +95,14 @@ class Environment:
 
     def versions(self) -> dict[str, str]:
         """Version of every package that decides the outcome of an episode."""
-        return {name: _version(name) for name in self.packages}
+        return {name: package_version(name) for name in self.packages}
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Version of an installed distribution; says so where it is imported from a source tree."""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # imported from a source tree
+    except importlib.metadata.PackageNotFoundError:
         return "not installed as a package"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from robopolicy.evaluation.environments import Environment, environment
 from robopolicy.evaluation.episode import EpisodeResult
 from robopolicy.evaluation.report import write_report
 from robopolicy.evaluation.results import EvaluationResult, Protocol, task_of
-from robopolicy.evaluation.rollout import ChunkPolicy, rollout
+from robopolicy.evaluation.rollout import ChunkPolicy, Player, rollout
 from robopolicy.evaluation.suite import Setting, Suite
 from robopolicy.evaluation.suite_report import write_suite_report
 from robopolicy.evaluation.suite_results import SuiteResult, setting_folder, suite_protocol
@@ -26,9 +26,6 @@ from robopolicy.evaluation.video import Clip, choose, replay, write_grid, write_
 from robopolicy.spec import PolicySpec
 
 log = logging.getLogger(__name__)
-
-
-Player = Callable[..., list[EpisodeResult]]  # called as `rollout` is
 
 
 def evaluate(
@@ -63,12 +60,14 @@ def evaluate(
         player: plays the episodes; takes the arguments of `rollout`.
 
     Raises:
-        UserError: see `rollout`.
+        UserError: see `rollout`; also ``out`` holds a suite.
     """
     if isinstance(world, str):
         world = environment(world)
     if max_steps is not None:
         world = replace(world, max_steps=max_steps)
+    if out is not None and (out / "settings").is_dir():
+        raise UserError(f"{out} holds a suite; choose another out=….")
     seeds = range(first_seed, first_seed + episodes)
     began = time.perf_counter()
     played = player(policy, world, seeds, batch_size=batch_size, workers=workers, progress=progress)

@@ -47,7 +47,8 @@ def encode_dataset(policy: Policy, store: EpisodeStore, limit: int) -> EncodedOb
     episode repeated at its beginning. Actions are not needed.
 
     Raises:
-        UserError: the policy has no observation encoder, or the dataset lacks a key or has another shape or unit.
+        UserError: the policy has no observation encoder; or the dataset is empty, lacks a key or has another shape or
+            unit.
     """
     encoder = getattr(policy, "encoder", None)
     if not isinstance(encoder, ObservationEncoder):
@@ -56,6 +57,8 @@ def encode_dataset(policy: Policy, store: EpisodeStore, limit: int) -> EncodedOb
     offered = {k.key: dataset_key(store, k) for k in spec.observations if k.array in store.keys}
     check_keys(offered, spec.observations, f"The dataset {store.path} and the policy")
     windows = build_windows(store.episode_ends, spec.n_obs_steps, spec.pad_before, 0)
+    if not len(windows):
+        raise UserError(f"{store.path}: there are no steps to encode.")
     chosen = np.unique(np.linspace(0, len(windows) - 1, limit).round().astype(np.int64))
     vectors = {k.key: _vectors(store, k) for k in spec.states}
     readers = {k.key: FrameReader(store, k.array) for k in spec.images}

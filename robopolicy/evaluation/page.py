@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -36,7 +36,7 @@ def svg(draw: Callable[[Axes], None], label: str, size: tuple[float, float] = (5
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
     page = buffer.getvalue()
-    page = page[page.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    page = page[page.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
     for placeholder, colour in STYLE.items():
         page = page.replace(placeholder, colour)
     return Markup(page)

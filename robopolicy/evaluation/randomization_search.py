@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from robopolicy.data.record import EnvironmentRecipe
+from robopolicy.data.record import EnvironmentRecipe, make_expert
 from robopolicy.errors import UserError, did_you_mean, require_extra
 from robopolicy.evaluation.doraemon import Betas, update
 from robopolicy.evaluation.environments import environment
@@ -97,7 +97,7 @@ def play_expert(env_id: str, options: Mapping[str, Any], quality: str) -> Play:
             for seed in seeds:
                 observation, info = env.reset(seed=seed)
                 values.append([info["variation"][name] for name in betas.names])
-                expert = env.unwrapped.make_expert(seed, quality=quality)
+                expert = make_expert(env, seed, {"quality": quality})
                 ended = False
                 while not ended:
                     observation, _, terminated, truncated, info = env.step(expert.act(observation))
@@ -122,8 +122,11 @@ def play_policy(policy: ChunkPolicy, name: str, options: Mapping[str, Any], **ho
 
 def _randomized(options: Mapping[str, Any], betas: Betas) -> dict[str, Any]:
     """Options with the distributions in place of what they may say about the same factors."""
-    fixed = {name: value for name, value in options.get("variation", {}).items() if name not in betas.names}
-    others = options.get("randomization", {})
+    variation, others = options.get("variation") or {}, options.get("randomization") or {}
     if isinstance(others, str):
         raise UserError(f"randomization='{others}': a preset cannot be combined with a search; give distributions.")
+    for name, value in (("variation", variation), ("randomization", others)):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name}={value!r}: wanted values by factor, e.g. {name}={{friction: …}}.")
+    fixed = {name: value for name, value in variation.items() if name not in betas.names}
     return {**options, "variation": fixed, "randomization": {**others, **betas.randomization()}}

@@ -111,6 +111,8 @@ def read_rates(path: Path) -> SuccessRates:
         rows = readers[path.suffix](path)
     except FileNotFoundError:
         raise UserError(f"{path} is not there; wanted a table of success rates.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}.") from None
     return _table(str(path), rows)

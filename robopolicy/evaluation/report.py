@@ -40,7 +40,7 @@ def write_report(
         result=result,
         task=result.protocol.task,
         policy=result.protocol.policy,
-        watched=_watched(result.episodes),
+        watched=_watched(result.episodes, folder),
         video=lambda name: video_uri(folder / name),
         histogram=score_histogram(result.episodes),
         curve=training_plot(training_curve) if training_curve else None,
@@ -91,5 +91,6 @@ def paired_scatter(comparison: Comparison) -> Markup:
     return svg(draw, "Scores of both policies, one point per seed; points above the line favour the first", (4.2, 4.2))
 
 
-def _watched(episodes: Sequence[EpisodeResult]) -> list[EpisodeResult]:
-    return sorted((e for e in episodes if e.video), key=lambda e: (e.success, e.score))
+def _watched(episodes: Sequence[EpisodeResult], folder: Path) -> list[EpisodeResult]:
+    """Episodes whose video is there, failures first; people delete videos to save room."""
+    return sorted((e for e in episodes if e.video and (folder / e.video).is_file()), key=lambda e: (e.success, e.score))

@@ -149,9 +149,10 @@ def read_trials(path: Path) -> list[Trials]:
         UserError: names the line and what is wrong with it.
     """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             reader = csv.DictReader(file, skipinitialspace=True)
-            header, rows = reader.fieldnames or [], list(reader)
+            reader.fieldnames = header = [name.strip() for name in reader.fieldnames or ()]
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a CSV table: {error}") from error
     for column in COLUMNS:
@@ -255,7 +256,7 @@ def dispersion(trials: Sequence[Trials], parameters: Sequence[np.ndarray]) -> fl
         rate = 1 - failure_rate(best[None], trial.demos)[0]
         variance = np.maximum(trial.n * rate * (1 - rate), 0.25)
         square += float(((trial.successes - trial.n * rate) ** 2 / variance).sum())
-        freedom += len(trial.demos) - len(best)
+        freedom += max(0, len(trial.demos) - len(best))  # a curve through one or two points fits whatever they are
     return max(1.0, square / freedom) if freedom >= 3 else 1.0
 
 

@@ -99,11 +99,11 @@ class Choice:
     Attributes:
         score: simulated success rate times familiarity.
         simulated: success rate in simulation.
-        familiarity: in (0, 1]; 1 when real observations are no stranger than held-out training data.
+        familiarity: in [0, 1]; 1 when real observations are no stranger than held-out training data.
         outside: share of the real observations that are stranger than 95 % of the held-out ones; 0.05 is expected
             of observations like those in training.
         rank, simulated_rank, familiarity_rank: 1 is best; ties share the best rank.
-        chance: share of the resamples in which this candidate has the highest score.
+        chance: share of the resamples in which this candidate has the highest score; a tie counts in equal parts.
     """
 
     name: str
@@ -118,13 +118,14 @@ class Choice:
 
 
 def familiarity(held_out: np.ndarray, real: np.ndarray) -> float:
-    """How familiar real observations are, in (0, 1]: mean distance of held-out ones over that of real ones, at most 1.
+    """How familiar real observations are, in [0, 1]: mean distance of held-out ones over that of real ones, at most 1.
 
     Args:
         held_out: (n,) OOD distances of training data that the reference does not hold.
         real: (m,) OOD distances of real observations.
     """
-    return float(np.minimum(1, held_out.mean() / max(real.mean(), np.finfo(float).tiny)))
+    near, far = float(held_out.mean()), float(real.mean())
+    return 1.0 if far <= near else near / far
 
 
 def select(candidates: Sequence[Candidate], *, distance: str = "mahalanobis", seed: int = 0) -> tuple[Choice, ...]:
@@ -148,7 +149,8 @@ def select(candidates: Sequence[Candidate], *, distance: str = "mahalanobis", se
         raise UserError(f"There is no distance '{distance}'.{did_you_mean(distance, DISTANCES)}")
     drawn = [_scored(c, DISTANCES[distance], seed) for c in candidates]
     resampled = np.stack([d.score for d in drawn])
-    chances = np.bincount(resampled.argmax(axis=0), minlength=len(names)) / RESAMPLES
+    best = resampled == resampled.max(axis=0)
+    chances = (best / best.sum(axis=0)).mean(axis=1)
     simulated = np.array([c.successes / c.trials for c in candidates])
     familiar = np.array([d.value for d in drawn])
     scores = simulated * familiar

@@ -106,8 +106,12 @@ class WorkerSimulators:
         self._workers = [
             _Worker(context, i, (environment, spec, memory, slots, range(i, slots, workers))) for i in range(workers)
         ]
-        for worker in self._workers:  # all open their environments at the same time
-            worker.wait_open()
+        try:
+            for worker in self._workers:  # all open their environments at the same time
+                worker.wait_open()
+        except BaseException:  # nobody could close the others
+            self.close()
+            raise
 
     def start(self, seeds: Mapping[int, int]) -> None:
         self._post("start", seeds)()
@@ -211,7 +215,8 @@ class _Worker:
         """Replace the dead worker, replay its episodes up to the last answer, repeat what it had not answered."""
         self.process.join()
         self.pipe.close()
-        seeds = sorted(playing.seed for playing in self._playing.values())
+        starting = [seed for call in self._calls if call.method == "start" for seed in call.per_slot.values()]
+        seeds = sorted([*starting, *(playing.seed for playing in self._playing.values())])
         death = f"Simulation worker {self._index} ended with exit code {self.process.exitcode} in the episodes {seeds}"
         if self._restarts == MAX_RESTARTS:
             raise UserError(

@@ -7,6 +7,7 @@ behind the simulated arm and averages over colours of the arm. Camera variants a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from robopolicy.errors import UserError
 from robopolicy.evaluation.environments import absolute_files
 
 BASE = "base"  # the factor of the setting that all others are compared with
+_FOLDER_NAME = re.compile(r"[\w+-][\w.+-]*")  # no leading dot: ".." would leave the suite's folder
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,14 @@ def load_suite(path: Path, options: Mapping[str, Any] | None = None) -> Suite:
     """
     values = _read_yaml(path)
     file = dataclass_from(_File, values, str(path))
+    if not _FOLDER_NAME.fullmatch(file.name):
+        raise UserError(f"{path}: name '{file.name}' cannot name a folder; use letters, digits, '_', '-', '+' and '.'.")
     settings: list[Setting] = []
     for i, entry in enumerate(file.settings):
         where = f"{path}: settings[{i}]"
         for level in _levels(entry, where):
             name = entry.name or (entry.factor if level is None else f"{entry.factor}-{level}")
-            if not re.fullmatch(r"[\w.+-]+", name):
+            if not _FOLDER_NAME.fullmatch(name):
                 raise UserError(f"{where}: '{name}' cannot name a folder; give the setting a `name`.")
             merged = _merged(file.environment_options, options or {}, _at(entry, level), entry.environment_options)
             missing = sorted(OmegaConf.missing_keys(OmegaConf.create(merged)))
@@ -154,7 +158,7 @@ def _levels(entry: _Entry, where: str) -> tuple[Any, ...]:
         )
     if entry.levels is not None and (not entry.levels or entry.name is not None):
         raise UserError(f"{where}: `levels` must not be empty and takes no `name`.")
-    if not entry.weight > 0:
+    if not 0 < entry.weight < math.inf:
         raise UserError(f"{where}: weight={entry.weight:g} must be above 0; use in_aggregate: false to leave it out.")
     return entry.levels or (entry.level,)
 

@@ -37,7 +37,7 @@ def write_suite_report(
             policy=result.protocol.policy,
             stages=list(dict.fromkeys(m.name for s in result.settings for m in s.result.stages)),
             curves=[(f, level_curve(f, result.base)) for f in result.factors if f.curve],
-            watched=sorted(_filmed(result), key=lambda pair: (pair[1].success, pair[1].score)),
+            watched=sorted(_filmed(result, folder), key=lambda pair: (pair[1].success, pair[1].score)),
             video=lambda setting, name: video_uri(setting_folder(folder, setting.name) / name),
             comparison=comparison,
         )
@@ -61,6 +61,8 @@ def level_curve(factor: FactorResult, base: SettingResult) -> Markup:
     return svg(draw, f"Success rate against {factor.factor.replace('_', ' ')}")
 
 
-def _filmed(result: SuiteResult) -> Iterator[tuple[Setting, EpisodeResult]]:
-    for setting in result.settings:
-        yield from ((setting.setting, episode) for episode in setting.result.episodes if episode.video)
+def _filmed(result: SuiteResult, folder: Path) -> Iterator[tuple[Setting, EpisodeResult]]:
+    """Episodes whose video is there; people delete videos to save room."""
+    for found in result.settings:
+        videos = setting_folder(folder, found.setting.name)
+        yield from ((found.setting, e) for e in found.result.episodes if e.video and (videos / e.video).is_file())

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from robopolicy import simulator
 from robopolicy.errors import UserError, require_extra
-from robopolicy.simulator import registered_id
 from robopolicy.teleoperation.command import Device
 from robopolicy.teleoperation.devices.keyboard import SESSION_HINTS, session_keys
 from robopolicy.teleoperation.rate import RateKeeper
@@ -23,7 +23,7 @@ _IMAGES = "observation.image."
 _PHASE_COLOURS = {Phase.READY: GREY, Phase.RECORDING: RED, Phase.REVIEW: YELLOW}
 
 
-def make_environment(env_id: str, *, time_limit: float, **options: Any) -> Any:
+def make_playable(env_id: str, *, time_limit: float, **options: Any) -> Any:
     """Make an environment that renders, with a time limit of a person instead of the registered one.
 
     Args:
@@ -34,14 +34,12 @@ def make_environment(env_id: str, *, time_limit: float, **options: Any) -> Any:
     Raises:
         UserError: the id is unknown or the environment refuses its arguments.
     """
-    gymnasium = require_extra("gymnasium", "sim")
-    try:
-        env = gymnasium.make(
-            registered_id(env_id), max_episode_steps=-1, disable_env_checker=True, render_mode="rgb_array", **options
-        )
-    except (gymnasium.error.Error, TypeError, ValueError) as error:
-        raise UserError(f"{env_id}: the environment cannot be made: {error}") from error
-    return gymnasium.wrappers.TimeLimit(env, max(1, round(time_limit * env.metadata["render_fps"])))
+    own = {"max_episode_steps": -1, "render_mode": "rgb_array"}
+    for name in own.keys() & options.keys():
+        raise UserError(f"The environment option '{name}' is settled by teleoperation; leave it out.")
+    env = simulator.make_environment(env_id, **own, **options)
+    limit = max(1, round(time_limit * env.metadata["render_fps"]))
+    return require_extra("gymnasium", "sim").wrappers.TimeLimit(env, limit)
 
 
 def view_heading(env: Any, camera: str = "scene") -> float:

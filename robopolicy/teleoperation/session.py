@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from robopolicy.data.record import EVALUATION_SEEDS_FROM, array_specs
+from robopolicy.data.record import EVALUATION_SEEDS_FROM, array_specs, check_same_environment
 from robopolicy.data.store import EpisodeStore
 from robopolicy.data.undo import remove_last_episode
 from robopolicy.errors import UserError
@@ -225,6 +225,8 @@ def open_dataset(
     if not append:
         raise UserError(f"{path} exists already. Add to it with --append, or choose another path.")
     store = EpisodeStore.open(path, "a")
+    if attributes and "env_id" in attributes:
+        check_same_environment(store, attributes["env_id"], attributes.get("environment_options", {}))
     wanted = {spec.name: (spec.shape, spec.dtype, spec.names) for spec in specs}
     found = {name: (spec.shape, spec.dtype, spec.names) for name, spec in store.schema.arrays.items()}
     differences = [

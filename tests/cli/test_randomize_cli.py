@@ -41,6 +41,9 @@ def test_the_expert_of_lift(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         (("--factor", "friction=a:b"), "wanted NAME or NAME=LOW:HIGH"),
         (("--factor", "friction", "--success", "1.2"), "wanted above 0, at most 1"),
         (("--factor", "friction", "--episodes", "5"), "at least 10"),
+        (("--factor", "friction", "--seed", "-1"), "--seed at least 0"),
+        (("--factor", "friction", "--quality", "bad"), "its expert cannot play quality 'bad'"),
+        (("--factor", "friction", "--option", "variation=darker"), "variation='darker': wanted values by factor"),
         (("--factor", "table_texture"), "no factor of variation with a range"),
     ],
 )

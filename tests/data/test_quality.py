@@ -43,6 +43,24 @@ def linear_gaussian(episodes: int, action_noise: float, state_noise: float, seed
     )
 
 
+def test_episodes_of_one_step_have_no_transition_to_judge() -> None:
+    data = linear_gaussian(12, 0.1, 0.05)
+    with_singles = Trajectories(
+        data.name,
+        np.concatenate([data.states, data.states[:2]]),
+        np.concatenate([data.actions, data.actions[:2]]),
+        np.concatenate([data.episodes, [12, 13]]),
+        data.state_columns,
+        data.action_columns,
+    )
+    quality = quality_of(with_singles)
+    diversity = quality.measures["transition diversity"]
+    assert np.isnan(diversity.episodes[12:]).all() and np.isfinite([diversity.low, diversity.high]).all()
+    assert not {12, 13} & set(diversity.outliers().tolist())
+    stored = json.loads(json.dumps(quality.to_dict(), allow_nan=False))
+    assert stored["measures"]["transition diversity"]["episodes"][12:] == [None, None]
+
+
 def quality_of(data: Trajectories) -> Quality:
     return measure(data, Scale.of([data]))
 

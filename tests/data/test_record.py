@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from robopolicy.cli import record as verb
-from robopolicy.data.record import EVALUATION_SEEDS_FROM, record_demonstrations
+from robopolicy.data.record import EVALUATION_SEEDS_FROM, check_same_environment, record_demonstrations
 from robopolicy.data.store import EpisodeStore
 from robopolicy.errors import UserError
 from robopolicy.simulator import task_id
@@ -99,6 +99,16 @@ def test_appending_adds_new_seeds_only(tmp_path, walk):
     report = record(walk, tmp_path / "d.zarr", append=True, seed=4)
     assert (report.stored, report.episodes_in_dataset) == (2, 4)
     assert EpisodeStore.open(tmp_path / "d.zarr").episode_seeds == [0, 2, 4, 6]
+
+
+def test_appending_what_another_environment_gives_is_refused(tmp_path, walk):
+    store = EpisodeStore.open(record(walk, tmp_path / "d.zarr").path, "a")
+    for env_id, options in ((walk, {"control": "other"}), ("recordable/Other-v0", {})):
+        with pytest.raises(UserError, match=r"was recorded in recordable/Walk-v0 with the options \{\}, this is"):
+            check_same_environment(store, env_id, options)
+    check_same_environment(store, f"module:{walk}", {})
+    with pytest.raises(UserError, match="'robopolicy data merge'"):
+        record(walk, tmp_path / "d.zarr", append=True, seed=4, options={"control": "other"})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from robopolicy.errors import UserError
 from robopolicy.evaluation.scaling_curves import (
     Trials,
     allocate,
+    dispersion,
     failure_rate,
     fit_curves,
     plan_collection,
@@ -37,11 +38,28 @@ def all_trials(n: int, seed: int = 0) -> list[Trials]:
 
 
 def test_parameters_are_recovered_from_many_evaluations() -> None:
-    curves, dispersion = fit_curves(all_trials(10_000_000))
-    assert dispersion < 2.5
+    curves, widening = fit_curves(all_trials(10_000_000))
+    assert widening < 2.5
     for curve, wanted in zip(curves, CURVES.values(), strict=True):
         assert (curve.start, curve.knee, curve.exponent) == pytest.approx(wanted, rel=0.05)
         assert np.median(curve.draws, axis=0) == pytest.approx(wanted, rel=0.15)
+
+
+def test_a_curve_through_two_points_does_not_add_to_the_dispersion() -> None:
+    curves = all_trials(50)
+    parameters = [np.array(CURVES[curve.factor]) for curve in curves]
+    exact = 1 - failure_rate(np.array([CURVES["camera"]]), AMOUNTS[:2])[0]
+    pair = Trials("pair", AMOUNTS[:2], 50 * exact, np.full(2, 50.0))
+    alone = dispersion(curves, [0.8 * p for p in parameters])
+    assert alone > 1
+    both = [*(0.8 * p for p in parameters), np.array(CURVES["camera"])]
+    assert dispersion([*curves, pair], both) == pytest.approx(alone)
+
+
+def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "curves.csv"
+    path.write_text("\ufefffactor , n_demos,successes,n\ncamera,0,1,10\ncamera,50,5,10\n", encoding="utf-8")
+    assert [t.factor for t in read_trials(path)] == ["camera"]
 
 
 def test_extrapolation_intervals_hold_the_truth_about_as_often_as_they_say() -> None:

@@ -86,6 +86,8 @@ def test_familiarity_is_a_ratio_of_at_most_one():
     assert familiarity(np.array([1.0, 3.0]), np.array([8.0, 8.0])) == 0.25
     assert familiarity(np.array([2.0]), np.array([1.0])) == 1.0
     assert familiarity(np.array([2.0]), np.array([0.0])) == 1.0
+    assert familiarity(np.array([0.0]), np.array([0.0])) == 1.0
+    assert familiarity(np.array([0.0]), np.array([3.0])) == 0.0
 
 
 def real_success(estimate: np.ndarray, target: np.ndarray) -> float:
@@ -164,6 +166,16 @@ def test_ties_share_a_rank_and_the_same_seed_gives_the_same_numbers():
     assert first.rank == second.rank == 1
     assert first.chance + second.chance == 1
     assert select(twins) == (first, second)
+
+
+def test_tied_resamples_count_for_all_who_tie():
+    """Policies that always succeed on familiar observations tie in most resamples, whoever is named first."""
+    rng = np.random.default_rng(0)
+    features = gaussian(rng, 200)
+    calm = encoded(features.mean(axis=0) + 0.01 * (features[:100] - features.mean(axis=0)))
+    choices = select([Candidate(name, 10, 10, encoded(features), calm) for name in ("a", "b", "c")])
+    assert [c.familiarity.value for c in choices] == [1, 1, 1]
+    assert [c.chance for c in choices] == pytest.approx([1 / 3] * 3, abs=0.04)
 
 
 def test_candidates_that_cannot_be_ranked():

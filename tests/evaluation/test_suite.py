@@ -107,6 +107,7 @@ settings:
         ("- {factor: base}\n- {factor: f, level: 1, levels: [2]}", r"settings\[1\]: give `level` or `levels`"),
         ("- {factor: base}\n- {factor: f}", r"settings\[1\]: give `level`, `levels` or `environment_options`"),
         ("- {factor: base}\n- {factor: f, levels: []}", "`levels` must not be empty"),
+        ("- {factor: base}\n- {factor: f, level: 1, name: ..}", "'..' cannot name a folder"),
         ("- {factor: base}\n- {factor: f, level: [0, 1]}", "cannot name a folder; give the setting a `name`"),
         ("- {factor: base}\n- {facter: f}", r"settings\[1\]: unknown entry 'facter'. Did you mean 'factor'"),
         ("- {factor: base", "cannot be read as YAML"),
@@ -115,6 +116,11 @@ settings:
 def test_an_impossible_file_is_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         load_suite(written(tmp_path, f"name: x\nsettings:\n{settings}"))
+
+
+def test_a_suite_whose_name_cannot_be_a_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="name 'a/b' cannot name a folder"):
+        load_suite(written(tmp_path, "name: a/b\nsettings: [{factor: base}]"))
 
 
 def test_what_a_suite_leaves_open_must_be_given(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 
 pytest.importorskip("robopolicy_sim", reason="needs the simulator: pip install 'robopolicy[sim]'")
 from robopolicy.cli.main import main
+from robopolicy.errors import UserError
 from robopolicy.evaluation.evaluate import evaluate, evaluate_suite
 from robopolicy.evaluation.suite import load_suite
 from robopolicy.evaluation.suite_results import SuiteResult
@@ -53,6 +55,21 @@ def test_the_report_is_one_file_that_needs_nothing_else(text):
     for address in set(page.addresses) - set(videos):
         assert address.startswith("#") and address[1:] in page.ids, address
     assert not re.search(r"@import|url\((?!#)|<script", text)
+
+
+def test_a_report_without_the_videos_that_somebody_deleted(folder, tmp_path):
+    for kind, single in (("suite", "fast"), ("setting", "fast/settings/base")):
+        copy = tmp_path / kind
+        shutil.copytree(folder / single, copy)
+        for video in copy.rglob("*.mp4"):
+            video.unlink()
+        assert main(["compare", str(copy), str(copy), "--out", str(tmp_path / f"{kind}.html")]) == 0
+        assert "<video" not in (tmp_path / f"{kind}.html").read_text()
+
+
+def test_one_setting_is_not_written_over_a_suite(folder):
+    with sliding.registered(), pytest.raises(UserError, match="holds a suite"):
+        evaluate(Slider(), "slide", episodes=2, videos=0, out=folder / "fast", progress=False)
 
 
 def test_every_setting_has_a_bar_an_interval_and_a_drop(folder, text):

@@ -8,13 +8,13 @@ import pytest
 pytest.importorskip("robopolicy_sim")
 pytest.importorskip("pygame")
 
-from robopolicy.teleoperation.live import make_environment  # noqa: E402
+from robopolicy.teleoperation.live import make_playable  # noqa: E402
 from robopolicy.teleoperation.window import Window  # noqa: E402
 
 
 @pytest.fixture
 def push_puck() -> Iterator[Any]:
-    env = make_environment("robopolicy_sim/PushPuck-v0", time_limit=20)
+    env = make_playable("robopolicy_sim/PushPuck-v0", time_limit=20)
     yield env
     env.close()
 

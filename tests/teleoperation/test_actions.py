@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 from robopolicy.errors import UserError
 from robopolicy.teleoperation.actions import LEASH, action_adapter
 from robopolicy.teleoperation.command import Command
-from robopolicy.teleoperation.live import make_environment, view_heading
+from robopolicy.teleoperation.live import make_playable, view_heading
 
 
 def drive(env: Any, twist: np.ndarray, steps: int, opening: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +38,7 @@ def pose(state: np.ndarray) -> tuple[np.ndarray, Rotation]:
 
 @pytest.mark.parametrize("control", ["ee_pose", "ee_delta_target"])
 def test_the_arms_tool_follows_the_twist(control: str) -> None:
-    env = make_environment("robopolicy_sim/Lift-v0", time_limit=60, cameras=(), control=control)
+    env = make_playable("robopolicy_sim/Lift-v0", time_limit=60, cameras=(), control=control)
     before, after = drive(env, np.array([-0.06, 0.08, -0.04, 0, 0, 0.5]), steps=20, opening=0.0)  # one second
     (start, start_rotation), (end, end_rotation) = pose(before), pose(after)
     assert_allclose(end - start, [-0.06, 0.08, -0.04], atol=0.008)
@@ -76,7 +76,7 @@ def test_environments_without_a_camera_of_that_name_have_no_heading() -> None:
 
 
 def test_actions_that_a_person_cannot_steer_are_refused() -> None:
-    env = make_environment("robopolicy_sim/Lift-v0", time_limit=60, cameras=(), control="joint_position")
+    env = make_playable("robopolicy_sim/Lift-v0", time_limit=60, cameras=(), control="joint_position")
     with pytest.raises(UserError, match="cannot steer actions with the entries .*opening.*ee_delta_target.*ee_pose"):
         action_adapter(env)
     env.close()

@@ -15,7 +15,7 @@ from robopolicy.data.store import EpisodeStore
 from robopolicy.errors import UserError
 from robopolicy.teleoperation.actions import action_adapter
 from robopolicy.teleoperation.command import SessionKey
-from robopolicy.teleoperation.live import make_environment, run, status_lines
+from robopolicy.teleoperation.live import make_playable, run, status_lines
 from robopolicy.teleoperation.rate import RateKeeper
 from robopolicy.teleoperation.session import Session, open_dataset
 from robopolicy.teleoperation.window import RED, Line, View, Window
@@ -51,7 +51,7 @@ def test_a_missing_display_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_operator_records_in_the_window(window: Window, tmp_path: Path) -> None:
-    env = make_environment("robopolicy_sim/PushPuck-v0", time_limit=20, cameras=("top",), image_size=32)
+    env = make_playable("robopolicy_sim/PushPuck-v0", time_limit=20, cameras=("top",), image_size=32)
     commands = expert_commands(env, 0)
     operator = ScriptedOperator([press(SessionKey.TOGGLE), *commands[:3], press(SessionKey.SUCCESS)])
     shown = []

@@ -17,7 +17,7 @@ from robopolicy.data.store import EpisodeStore
 from robopolicy.errors import UserError
 from robopolicy.teleoperation.actions import action_adapter
 from robopolicy.teleoperation.command import Command, SessionKey
-from robopolicy.teleoperation.live import make_environment
+from robopolicy.teleoperation.live import make_playable
 from robopolicy.teleoperation.session import Phase, Session, open_dataset
 
 from ..data.test_edit import digest
@@ -106,7 +106,7 @@ def test_an_episode_that_is_not_confirmed_is_thrown_away(push_puck: Any, tmp_pat
 
 
 def test_the_operator_is_asked_when_the_time_is_over(tmp_path: Path) -> None:
-    env = make_environment("robopolicy_sim/PushPuck-v0", time_limit=0.5)
+    env = make_playable("robopolicy_sim/PushPuck-v0", time_limit=0.5)
     with start_session(env, tmp_path / "d.zarr") as session:
         play(session, START, *[FORWARD] * 10)
         assert (session.phase, session.steps) == (Phase.REVIEW, 5)
@@ -133,7 +133,7 @@ def test_a_killed_session_loses_only_the_episode_that_runs(tmp_path: Path) -> No
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    env = make_environment("robopolicy_sim/PushPuck-v0", time_limit=20)
+    env = make_playable("robopolicy_sim/PushPuck-v0", time_limit=20)
     with start_session(env, tmp_path / "d.zarr") as session:
         assert session.report.episodes_in_dataset == 2
         play(session, START, FORWARD, press(SessionKey.SUCCESS))
@@ -143,7 +143,7 @@ def test_a_killed_session_loses_only_the_episode_that_runs(tmp_path: Path) -> No
 
 
 def _record_and_be_killed(path: Path) -> None:
-    env = make_environment("robopolicy_sim/PushPuck-v0", time_limit=20)
+    env = make_playable("robopolicy_sim/PushPuck-v0", time_limit=20)
     session = start_session(env, path)
     play(session, START, FORWARD, press(SessionKey.SUCCESS))
     play(session, START, FORWARD, FORWARD, press(SessionKey.FAILURE))
@@ -155,7 +155,7 @@ def test_another_environment_cannot_be_recorded_into_a_dataset(push_puck: Any, t
     open_dataset(tmp_path / "d.zarr", push_puck).close()
     with pytest.raises(UserError, match="exists already. Add to it with --append"):
         open_dataset(tmp_path / "d.zarr", push_puck)
-    env = make_environment("robopolicy_sim/PushPuck-v0", time_limit=20, cameras=("top",))
+    env = make_playable("robopolicy_sim/PushPuck-v0", time_limit=20, cameras=("top",))
     with pytest.raises(UserError, match="(?s)does not fit the dataset.*observation.image.top: found nothing"):
         open_dataset(tmp_path / "d.zarr", env, append=True)
     env.close()
@@ -169,7 +169,7 @@ def test_seeds_of_evaluation_are_not_recorded(push_puck: Any, tmp_path: Path) ->
 
 def test_an_arm_is_recorded_with_displacements(tmp_path: Path) -> None:
     """A person who moves as the scripted expert does lifts the cube, gripper included."""
-    env = make_environment("robopolicy_sim/Lift-v0", time_limit=30, cameras=(), control="ee_delta_target")
+    env = make_playable("robopolicy_sim/Lift-v0", time_limit=30, cameras=(), control="ee_delta_target")
     rate = env.metadata["render_fps"]
     with start_session(env, tmp_path / "d.zarr", episodes=1) as session:
         expert = env.unwrapped.make_expert(0)

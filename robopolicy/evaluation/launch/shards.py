@@ -22,10 +22,12 @@ def split_seeds(seeds: Sequence[int], shard_size: int) -> list[tuple[int, ...]]:
     """Cut into consecutive groups of ``shard_size`` seeds; the last one may be smaller.
 
     Raises:
-        UserError: there are no seeds, they repeat, or ``shard_size`` is below 1.
+        UserError: there are no seeds, they repeat, one is negative, or ``shard_size`` is below 1.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
         raise UserError(f"Evaluation needs at least one seed and each seed once, found {list(seeds)}.")
+    if min(seeds) < 0:
+        raise UserError(f"Seeds must be at least 0, found {min(seeds)}.")
     if shard_size < 1:
         raise UserError(f"shard_size={shard_size} must be at least 1.")
     return [tuple(seeds[i : i + shard_size]) for i in range(0, len(seeds), shard_size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from robopolicy_sim.variation import Variations
 
 POSE_NAMES = ("x", "y", "z", "r11", "r21", "r31", "r12", "r22", "r32")
 START_SPREAD = 0.02  # rad, uniform, of each joint about the home posture
+RESET_OPTIONS = ("environment_state", "variation")
 
 
 class ArmTaskEnv(MujocoTaskEnv):
@@ -37,8 +39,8 @@ class ArmTaskEnv(MujocoTaskEnv):
     Args:
         arm: ``panda``, ``ur5e``, ``so101``, or an `Arm` of the user's.
         control: what an action means, see `control`.
-        control_hz: control steps per second.
-        action_latency: seconds between a command and the moment it reaches the servos.
+        control_hz: control steps per second; the physics step is 5 ms, or as much shorter as whole steps need to fit.
+        action_latency: seconds between a command and the moment it reaches the servos, to the nearest physics step.
         variation: levels of the factors of variation that hold in every episode, see `variation`.
         randomization: distributions of factors, drawn from at each reset, or a preset's name.
         robot_parameters: how the arm follows commands, found by system identification, see
@@ -69,6 +71,7 @@ class ArmTaskEnv(MujocoTaskEnv):
         background: Mapping[str, Any] | None = None,
         **rendering: Any,
     ) -> None:
+        _check_timing(control_hz, action_latency)
         self.arm = find_arm(arm) if isinstance(arm, str) else arm
         self.kinematics = ArmKinematics(self.arm)
         self._home_position, self._home_rotation = self.kinematics.forward(np.array(self.arm.home))
@@ -88,7 +91,7 @@ class ArmTaskEnv(MujocoTaskEnv):
         self._gripper_ctrl = model.actuator(self.arm.gripper.actuator).id
         self._gripper_qpos = np.array([model.joint(name).qposadr[0] for name in self.arm.gripper.joints])
         self._tcp = model.site(self.arm.tcp_site).id
-        self._pads = [model.geom(name).id for name in self.arm.gripper.pads]
+        self._pad_geoms = [model.geom(name).id for name in self.arm.gripper.pads]
         self._pending = np.zeros((0, model.nu))
         self._match(RobotParameters.from_json(robot_parameters or {}, self.arm), camera_poses or {}, colours or {})
         self._photo_layer = None if background is None else self._photo(Background.from_json(background))
@@ -158,6 +161,10 @@ class ArmTaskEnv(MujocoTaskEnv):
         """Position (3,) midway between the finger pads, which is not the TCP where only one jaw moves."""
         return self.data.geom_xpos[self._pads].mean(axis=0)
 
+    def nearness(self, body: str) -> float:
+        """How near the TCP is to a body's origin: 1 when it is there, towards 0 far away; a part of progress."""
+        return float(1 - np.tanh(5 * np.linalg.norm(self.tool_state().position - self.position(body))))
+
     def start_tool(self, position: np.ndarray) -> None:
         """Start the episode with the tool at a position (3,), pointing down, instead of the home posture."""
         joints = self.kinematics.inverse(
@@ -198,17 +205,23 @@ class ArmTaskEnv(MujocoTaskEnv):
         Args:
             options: ``{"environment_state": vector}`` puts the objects where an observation had them;
                 ``{"variation": {factor: value}}`` gives values in place of this episode's draws.
+
+        Raises:
+            ValueError: an option is unknown or does not fit this environment.
         """
+        options = options or {}
+        unknown = [key for key in options if key not in RESET_OPTIONS]
+        if unknown:
+            raise ValueError(f"reset: the option '{unknown[0]}' is unknown; there are {', '.join(RESET_OPTIONS)}.")
         if seed is not None:
             # A stream of its own, so that a start does not depend on what is varied.
             self._variation_rng = np.random.default_rng((seed, 3))
         elif not hasattr(self, "_variation_rng"):
             self._variation_rng = np.random.default_rng()
-        options = options or {}
-        self._variation_values = self.variations.apply(self, self._variation_rng, options.get("variation"))
+        variation = self.variations.apply(self, self._variation_rng, options.get("variation"))
         self._start_state = options.get("environment_state")
         observation, info = super().reset(seed=seed)
-        return observation, info | {"variation": self._variation_values}
+        return observation, info | {"variation": variation}
 
     def _place(self, rng: np.random.Generator) -> None:
         self._place_arm(rng)
@@ -335,6 +348,16 @@ class ArmTaskEnv(MujocoTaskEnv):
             "action": self.controller.unit,
         }
 
+    @property
+    def _pads(self) -> list[int]:
+        """Geoms of the finger pads; without them a grasp could not be told."""
+        if len(self._pad_geoms) < 2:
+            raise ValueError(
+                f"The gripper of arm '{self.arm.name}' names {len(self._pad_geoms)} finger pads, but this task needs "
+                "two; give their geoms as pads=[...] to arm_from_mjcf."
+            )
+        return self._pad_geoms
+
     def _mocap(self, body: str) -> int:
         return int(self.model.body(body).mocapid[0])
 
@@ -345,3 +368,10 @@ class ArmTaskEnv(MujocoTaskEnv):
         bodies = self.model.geom_bodyid[pairs]
         mine = pairs == geom
         return bool((mine[:, ::-1] & (bodies == body)).any())
+
+
+def _check_timing(control_hz: float, action_latency: float) -> None:
+    if not isinstance(control_hz, (int, float)) or not 0 < control_hz < math.inf:
+        raise ValueError(f"control_hz={control_hz!r} is no rate; give control steps per second, e.g. 20.")
+    if not isinstance(action_latency, (int, float)) or not 0 <= action_latency < math.inf:
+        raise ValueError(f"action_latency={action_latency!r} is no time; give seconds, 0 or more.")

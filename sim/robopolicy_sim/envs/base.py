@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,14 +62,14 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode={render_mode!r} is not supported; use None or 'rgb_array'.")
         self.model = self._load_model()
+        self._substeps = fit_time_step(self.model, self.control_hz)
         self.data = mujoco.MjData(self.model)
         self.render_mode = render_mode
         self._cameras = self._checked_cameras(cameras)
         self._image_size = (image_size, image_size)
-        self._render_size = render_size
+        self._render_size = tuple(render_size)
         self._quality = find_quality(render_quality)
         self._renderer: CameraRenderer | None = None
-        self._substeps = round(1 / (self.control_hz * self.model.opt.timestep))
         self.metadata = self.metadata | {"render_fps": self.control_hz}
         self.action_space: spaces.Box = self._build_action_space()
         self.observation_space: spaces.Dict = self._build_observation_space()  # type: ignore[assignment]
@@ -171,8 +172,19 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
         return spaces.Dict({**vectors, **images})
 
     def _checked_cameras(self, cameras: Sequence[str]) -> tuple[str, ...]:
+        if isinstance(cameras, str):
+            raise ValueError(f"cameras='{cameras}' is a string; give a list of names.")
         known = [self.model.camera(i).name for i in range(self.model.ncam)]
         for camera in cameras:
             if camera not in known:
                 raise ValueError(f"Camera '{camera}' is not in the scene {self.scene}; it has {', '.join(known)}.")
         return tuple(cameras)
+
+
+def fit_time_step(model: mujoco.MjModel, control_hz: float) -> int:
+    """Shorten the model's time step, where needed, until whole steps fill a control period; returns how many do."""
+    period = 1 / control_hz
+    steps = math.ceil(period / model.opt.timestep - 1e-9)
+    if not math.isclose(steps * model.opt.timestep, period):
+        model.opt.timestep = period / steps
+    return steps

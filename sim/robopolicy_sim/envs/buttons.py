@@ -92,7 +92,7 @@ class ButtonsEnv(ArmTaskEnv):
         self._down = dict.fromkeys(COLOURS, False)
         self._mistaken = False
         self._show_lamps()
-        self._start_distance = min(self._distance(colour) for colour in self.wanted())
+        self._start_distance = max(min(self._distance(colour) for colour in self.wanted()), 1e-6)
 
     def _goal(self) -> np.ndarray:
         choices = [*self.wish.colours, "", ""][:2]

@@ -6,7 +6,7 @@ import mujoco
 import numpy as np
 
 from robopolicy_sim.envs.arm_task import ArmTaskEnv
-from robopolicy_sim.envs.objects import add_block, separated_points
+from robopolicy_sim.envs.objects import add_block, random_turn, separated_points
 from robopolicy_sim.experts.choose_object import ChooseObjectExpert
 
 HALF_SIZE = 0.02  # m
@@ -36,7 +36,7 @@ class ChooseObjectEnv(ArmTaskEnv):
     def _place_objects(self, rng: np.random.Generator) -> None:
         extent = np.array(EXTENT) * max(self.scale, 0.6)
         for colour, point in zip(COLOURS, separated_points(rng, 2, extent, GAP), strict=True):
-            self.place(colour, [*point, HALF_SIZE], rng.uniform(-np.pi, np.pi))
+            self.place(colour, [*point, HALF_SIZE], random_turn(rng))
         self._choose(str(rng.choice(list(COLOURS))))
 
     def _place_from_state(self, state: np.ndarray) -> None:
@@ -75,6 +75,5 @@ class ChooseObjectEnv(ArmTaskEnv):
         """A third for reaching the named block, a third for the grasp, a third for the rise; 0 after a mistake."""
         if self._mistaken:
             return 0.0
-        reached = 1 - np.tanh(5 * np.linalg.norm(self.tool_state().position - self.position(self.wanted)))
-        grasped = self.grasped(self.wanted)
-        return float((reached + grasped + np.clip(self._rise(self.wanted) / LIFTED, 0, 1)) / 3)
+        rise = np.clip(self._rise(self.wanted) / LIFTED, 0, 1)
+        return float((self.nearness(self.wanted) + self.grasped(self.wanted) + rise) / 3)

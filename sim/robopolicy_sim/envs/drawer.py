@@ -70,7 +70,7 @@ class DrawerEnv(ArmTaskEnv):
 
     def _begin(self) -> None:
         self._start = {side: self.pulled_out(side) for side in SIDES}
-        self._start_reach = self._reach()
+        self._start_reach = max(self._reach(), 1e-6)
         self._steps_done = 0
         self._reached = self._moved = self._mistaken = False
 
@@ -166,7 +166,7 @@ class DrawerCloseEnv(DrawerEnv):
         return rng.uniform(*OPEN_AT_START, 2) * self.scale
 
     def _way(self) -> float:
-        return 1 - (self.pulled_out(self.wanted) - CLOSED) / (self._start[self.wanted] - CLOSED)
+        return 1 - (self.pulled_out(self.wanted) - CLOSED) / max(self._start[self.wanted] - CLOSED, 1e-6)
 
     def _done(self) -> bool:
         return self.pulled_out(self.wanted) < CLOSED

@@ -6,7 +6,7 @@ import mujoco
 import numpy as np
 
 from robopolicy_sim.envs.arm_task import ArmTaskEnv
-from robopolicy_sim.envs.objects import add_block
+from robopolicy_sim.envs.objects import add_block, random_turn
 from robopolicy_sim.experts.lift import LiftExpert
 
 HALF_SIZE = 0.02  # m
@@ -27,7 +27,7 @@ class LiftEnv(ArmTaskEnv):
 
     def _place_objects(self, rng: np.random.Generator) -> None:
         x, y = rng.uniform(-1, 1, 2) * START_EXTENT * np.array(self.scale)
-        self.place("cube", [x, y, HALF_SIZE], rng.uniform(-np.pi, np.pi))
+        self.place("cube", [x, y, HALF_SIZE], random_turn(rng))
 
     def _begin(self) -> None:
         self._start_height = float(self.position("cube")[2])
@@ -50,6 +50,5 @@ class LiftEnv(ArmTaskEnv):
 
     def _progress(self) -> float:
         """A third for reaching the cube, a third for the grasp, a third for the rise."""
-        distance = np.linalg.norm(self.tool_state().position - self.position("cube"))
-        reached = 1 - np.tanh(5 * distance)
-        return float((reached + self.grasped("cube") + np.clip(self._rise() / LIFTED, 0, 1)) / 3)
+        rise = np.clip(self._rise() / LIFTED, 0, 1)
+        return float((self.nearness("cube") + self.grasped("cube") + rise) / 3)

@@ -51,6 +51,14 @@ def add_visual(
     )
 
 
+def random_turn(rng: np.random.Generator) -> float:
+    """Random yaw in radians of a block that looks the same after a quarter turn.
+
+    Uniform over the quarter turn about 20 degrees, where a hand that closes on its faces need not turn far.
+    """
+    return float(np.radians(20) + rng.uniform(-np.pi / 4, np.pi / 4))
+
+
 def separated_points(
     rng: np.random.Generator,
     count: int,

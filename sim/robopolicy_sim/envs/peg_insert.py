@@ -48,7 +48,7 @@ class PegInsertEnv(ArmTaskEnv):
         self.place("socket", [xs[1], ys[1], 0], rng.uniform(-TURN, TURN))
 
     def _begin(self) -> None:
-        self._start_distance = float(np.linalg.norm(self.tip()[:2]))
+        self._start_distance = max(float(np.linalg.norm(self.tip()[:2])), 1e-6)
         self._steps_inserted = 0
         self._was_grasped = self._was_above = False
 
@@ -87,10 +87,9 @@ class PegInsertEnv(ArmTaskEnv):
         inserted = self._inserted()
         if inserted > 0:
             return 0.75 + 0.24 * inserted
-        reached = 1 - np.tanh(5 * np.linalg.norm(self.tool_state().position - self.position("peg")))
         grasped = float(self.grasped("peg"))
         way = np.clip(1 - np.linalg.norm(self.tip()[:2]) / self._start_distance, 0, 1)
-        return float(reached + grasped + way * grasped) / 4
+        return float(self.nearness("peg") + grasped + way * grasped) / 4
 
 
 def add_socket(spec: mujoco.MjSpec, name: str, half_hole: float, depth: float, wall: float) -> None:

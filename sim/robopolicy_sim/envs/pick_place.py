@@ -5,16 +5,14 @@ from __future__ import annotations
 import mujoco
 import numpy as np
 
-from robopolicy_sim.envs.arm_task import ArmTaskEnv
-from robopolicy_sim.envs.objects import add_bin, add_block
+from robopolicy_sim.envs.objects import add_bin, add_block, random_turn
 from robopolicy_sim.experts.pick_place import PickPlaceExpert
 
-HALF_SIZE = 0.02  # m
 BIN_HALF = 0.055  # m, inside
 WALL = 0.03  # m, height
 
 
-class PickPlaceEnv(ArmTaskEnv):
+class PickPlaceEnv(PlacingEnv):
     """Put the red block into the bin. Success: it lies in the bin, at rest, and the gripper has let go of it."""
 
     instruction = "put the red block into the bin"
@@ -23,7 +21,7 @@ class PickPlaceEnv(ArmTaskEnv):
     expert_class = PickPlaceExpert
 
     def _furnish(self, spec: mujoco.MjSpec) -> None:
-        add_block(spec, "cube", [HALF_SIZE] * 3, [0.80, 0.16, 0.14, 1])
+        add_block(spec, "cube", [HALF_SIZE] * 3, RED)
         add_bin(spec, "bin", BIN_HALF, WALL, [0.16, 0.36, 0.62, 1])
 
     def _place_objects(self, rng: np.random.Generator) -> None:
@@ -33,12 +31,8 @@ class PickPlaceEnv(ArmTaskEnv):
         goal = [rng.uniform(-0.06, 0.06), -side * rng.uniform(0.12, 0.17)]
         # A small arm still needs room for its hand between the block and the bin.
         scale = np.array([self.scale, max(self.scale, 0.75)])
-        self.place("cube", [*block * scale, HALF_SIZE], rng.uniform(-np.pi, np.pi))
-        self.data.mocap_pos[self._mocap("bin")] = [*goal * scale, self.table_height]
-
-    def _begin(self) -> None:
-        self._start_distance = self._distance()
-        self._was_grasped = self._was_above = False
+        self.place("cube", [*block * scale, HALF_SIZE], random_turn(rng))
+        self.place("bin", [*goal * scale, 0.0])
 
     def _goal(self) -> np.ndarray:
         return (self.position("bin") - self.base_position)[:2]
@@ -47,29 +41,24 @@ class PickPlaceEnv(ArmTaskEnv):
         super()._place_from_state(state)
         self.data.mocap_pos[self._mocap("bin")][:2] = state[-2:] + self.base_position[:2]
 
+    def _offset(self) -> np.ndarray:
+        """From the middle of the bin's floor to the block, (3,)."""
+        return self.position("cube") - self.position("bin")
+
     def _distance(self) -> float:
-        return float(np.linalg.norm((self.position("cube") - self.position("bin"))[:2]))
+        return float(np.linalg.norm(self._offset()[:2]))
 
-    def _inside(self) -> bool:
-        offset = self.position("cube") - self.position("bin")
-        return bool((np.abs(offset[:2]) < BIN_HALF).all() and offset[2] < WALL)
+    def _within_walls(self) -> bool:
+        return bool((np.abs(self._offset()[:2]) < BIN_HALF).all())
 
-    def _track(self) -> None:
-        self._was_grasped |= self.grasped("cube")
-        offset = self.position("cube") - self.position("bin")
-        self._was_above |= bool((np.abs(offset[:2]) < BIN_HALF).all() and offset[2] > WALL)
+    def _above(self) -> bool:
+        return self._within_walls() and bool(self._offset()[2] > WALL)
+
+    def _placed(self) -> bool:
+        return self._within_walls() and bool(self._offset()[2] < WALL)
 
     def _succeeded(self) -> bool:
-        return self._inside() and not self.touched_by_hand("cube") and self.speed("cube") < 0.03
+        return self._placed() and not self.touched_by_hand("cube") and self.speed("cube") < 0.03
 
     def _stages(self) -> dict[str, bool]:
-        return {"grasped": self._was_grasped, "above_bin": self._was_above, "inside": self._inside()}
-
-    def _progress(self) -> float:
-        """A quarter for reaching the block, a quarter for the grasp, a half for the way to the bin."""
-        if self._inside():
-            return 0.95
-        reached = 1 - np.tanh(5 * np.linalg.norm(self.tool_state().position - self.position("cube")))
-        grasped = float(self.grasped("cube"))
-        way = np.clip(1 - self._distance() / self._start_distance, 0, 0.9)
-        return float(0.25 * reached + 0.25 * grasped + 0.5 * way * grasped)
+        return {"grasped": self._was_grasped, "above_bin": self._was_above, "inside": self._placed()}

@@ -45,14 +45,13 @@ class ReachEnv(ArmTaskEnv):
     def _place_objects(self, rng: np.random.Generator) -> None:
         shift = rng.uniform(-1, 1, (2, 2)) * 0.03 * self.scale
         height = HEIGHT * self.scale
-        self.data.mocap_pos[self._mocap("post")] = [*shift[0], self.table_height]
-        goal = [SIDE * self.scale + shift[1, 0], shift[1, 1], height + self.table_height]
-        self.data.mocap_pos[self._mocap("goal")] = goal
+        self.place("post", [*shift[0], 0.0])
+        self.place("goal", [SIDE * self.scale + shift[1, 0], shift[1, 1], height])
         start = np.array([-SIDE * self.scale, rng.uniform(-1, 1) * 0.02, height + self.table_height])
         self.start_tool(start)
 
     def _begin(self) -> None:
-        self._start_distance = self._distance()
+        self._start_distance = max(self._distance(), 1e-6)
         self._steps_inside = 0
         self._touched = False
 

@@ -13,6 +13,7 @@ HOVER = 0.09  # m above a block before and after it is grasped
 SLIPS = 4  # steps without contact after which a block counts as lost
 # Of the hand, without and with the quarter turn; all arms reach 45 degrees to either side of them.
 HEADINGS = (np.radians(20.0), np.radians(110.0))
+AT_REST = 0.05  # m/s
 GRASP_TOLERANCE = 0.02  # m that a grasp of a block may be off
 
 
@@ -22,8 +23,14 @@ class GraspingExpert(ScriptedExpert):
     def pick(self, body: str, *, quarter_turn: bool = False) -> Iterator[ToolTarget]:
         """Grasp a block by one pair of its faces, or by the other one; try again until the gripper holds it."""
         env = self.env
-        while not env.grasped(body):
+        while True:
+            if env.opening() < 0.9 and not env.grasped(body):
+                yield from self.wait(SLIPS)  # contacts flicker
+            if env.grasped(body):
+                return
             yield from self.grip(1.0, steps=3 if env.opening() < 0.9 else 0)
+            while env.speed(body) > AT_REST:
+                yield from self.wait(1)
             aimed = self.aim(env.position(body), tolerance=GRASP_TOLERANCE)
             rotation = top_down(self.grasp_yaw(body, quarter_turn))
             yield from self.move(aimed + [0, 0, HOVER], rotation, tolerance=0.015)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 GRIP = 0.5  # of the peg's half length above its middle, where it is held
 OPENED = 0.03  # m that the gripper is open beyond the peg's width
-HEADINGS = {"a": np.radians(20), "b": np.radians(110)}  # the hand's, within 45 degrees: all arms can turn that far
 ABOVE = 0.015  # m above the hole's mouth at which the peg is turned and aligned
 AIM_TOLERANCE = 0.004  # m
 ALIGNED = 0.001  # m and
@@ -55,7 +54,7 @@ class PegInsertExpert(GraspingExpert):
         share = min(1.0, (2 * env.half_width + OPENED) / env.arm.gripper.stroke)
         yield from self.grip(share, steps=4)
         place = env.position("peg") + [0, 0, GRIP * env.half_length]
-        rotation = top_down(nearest_turn(env.yaw("peg"), np.pi / 2, reference=HEADINGS[self.mode[0]]))
+        rotation = top_down(self.grasp_yaw("peg", self.mode.startswith("b")))
         yield from self.move(place + [0, 0, HOVER * env.size], rotation, pads=True, tolerance=0.008)
         yield from self.move(place, rotation, pads=True, speed=0.6)
         yield from self.grip(0.0)

@@ -76,6 +76,7 @@ class ScriptedExpert(ABC):
         choice = str(self.rng.choice(known))
         self.mode = mode or choice
         self.style = STYLES[quality]
+        self.opening = 1.0  # share that is asked for
         self._wander = np.zeros(3)
         self._mistakes = 0
         self._script: Iterator[ToolTarget] | None = None
@@ -93,7 +94,6 @@ class ScriptedExpert(ABC):
         """Return the action for the environment's present state, which ``observation`` shows in part."""
         if self._script is None:
             self._script = self.script()
-            self.opening = 1.0
         target = next(self._script, None)
         if target is None:
             state = self.env.tool_state()

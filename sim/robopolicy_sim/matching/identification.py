@@ -104,8 +104,9 @@ def identify(
         vector = space.spread(_search_shared(evaluator, space, round(GLOBAL_SHARE * evaluations), seed))
         vector = _refine(evaluator, space, vector, round(FREE_SHARE * evaluations))
         vector[-1] = round(vector[-1])  # tasks delay commands by whole time steps
-        vector = _refine(evaluator, space, vector, evaluations - evaluator.evaluations, fixed=1)
-        candidates = RobotParameters(), space.parameters(vector)
+        refined = _refine(evaluator, space, vector, evaluations - evaluator.evaluations, fixed=1)
+        # The refinements see squared errors; the loss decides.
+        candidates = RobotParameters(), space.parameters(vector), space.parameters(refined)
         losses = [evaluation.loss for evaluation in evaluator(candidates)]
     found = _fit_gripper(evaluator.replayer, candidates[int(np.argmin(losses))], bounds)
     errors = [
@@ -141,7 +142,6 @@ def _search_shared(evaluator: CandidateEvaluator, space: SearchSpace, evaluation
         np.column_stack([low, high]),
         popsize=max(1, POPULATION // len(low)),
         maxiter=max(1, evaluations // POPULATION - 1),
-        init="sobol",
         rng=seed,
         polish=False,
         updating="deferred",

@@ -72,9 +72,12 @@ def parse_distribution(factor: Factor, given: Any) -> Distribution:
     if len(parameters) != (4 if kind == "beta" else 2):
         raise ValueError(f"{where}: {kind} takes {KINDS[kind]}, found {given[kind]!r}.")
     ends = {"uniform": parameters, "beta": parameters[2:], "normal": parameters[:1]}[kind]
+    named = [end for end in ends if isinstance(end, str)]
+    if named:
+        raise ValueError(f"{where}: {kind} takes numbers, found '{named[0]}'; levels go with {{choice: [...]}}.")
     ends = tuple(np.asarray(factor.checked(end)) for end in ends)
     spread = {"uniform": (), "beta": parameters[:2], "normal": parameters[1:]}[kind]
-    if any(not isinstance(number, (int, float)) or number <= 0 for number in spread):
+    if any(not isinstance(number, (int, float)) or not 0 < number < np.inf for number in spread):
         raise ValueError(f"{where}: {kind} takes {KINDS[kind]}, each shape or spread above 0, found {given[kind]!r}.")
     if len(ends) == 2 and (ends[0] > ends[1]).any():
         raise ValueError(f"{where}: the low end must not lie above the high end, found {given[kind]!r}.")

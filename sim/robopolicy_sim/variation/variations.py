@@ -37,6 +37,11 @@ class Variations:
 
     def __init__(self, fixed: Mapping[str, Any], random: Mapping[str, Any] | str) -> None:
         random = _preset(random) if isinstance(random, str) else random
+        for argument, given in (("variation", fixed), ("randomization", random)):
+            if not isinstance(given, Mapping):
+                raise ValueError(
+                    f"{argument}={given!r} is no mapping; give values by factor, e.g. {{'friction': ...}}."
+                )
         both = sorted(set(fixed) & set(random))
         if both:
             raise ValueError(f"variation and randomization both set {', '.join(both)}; give each factor once.")
