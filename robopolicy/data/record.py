@@ -284,9 +284,9 @@ def check_same_environment(store: EpisodeStore, env_id: str, options: Mapping[st
     if "env_id" in attributes and there != wanted:
         store.close()
         raise UserError(
-            f"{store.path} was recorded in {there[0]} with the options {json.dumps(there[1])}, this is {wanted[0]} with "
-            f"{json.dumps(wanted[1])}. Use the same task and options, or another path; 'robopolicy data merge' joins "
-            "datasets."
+            f"{store.path} was recorded in {there[0]} with the options {json.dumps(there[1])}, this is {wanted[0]} "
+            f"with {json.dumps(wanted[1])}. Use the same task and options, or another path; 'robopolicy data "
+            "merge' joins datasets."
         )
 
 

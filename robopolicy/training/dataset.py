@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,18 +77,26 @@ def task_environment(task: TaskConfig, store: EpisodeStore) -> tuple[str, dict[s
     """The environment to judge the policy in and its options; the task's options add to the recording's.
 
     Raises:
-        UserError: the task wants the dataset's environment, and the dataset does not say it.
+        UserError: the task wants the dataset's environment, and the dataset names none or several.
     """
     if task.environment != "dataset":
         return task.environment, task.environment_options
-    attributes = store.schema.attributes
-    if "env_id" not in attributes:
+    (name, options), *others = _recorded_in(store.schema.attributes)
+    if not name or any(other != (name, options) for other in others):
+        what = "was recorded in several environments" if name else "does not say in which environment it was recorded"
         raise UserError(
-            f"{store.path} does not say in which environment it was recorded. Name it: task.environment=lift, or "
-            "task.environment='' if there is none."
+            f"{store.path} {what}. Name the one to judge in: task.environment=lift, with task.environment_options if "
+            "it has any, or task.environment='' if there is none."
         )
-    options = attributes.get("environment_options", {})
-    return str(attributes["env_id"]), {**options, **task.environment_options}
+    return name, {**options, **task.environment_options}
+
+
+def _recorded_in(attributes: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Environment and options of a recording, or of each that was merged; an empty name where it is not known."""
+    sources = attributes.get("sources")
+    if sources:
+        return [world for source in sources for world in _recorded_in(source)]
+    return [(str(attributes.get("env_id", "")), dict(attributes.get("environment_options", {})))]
 
 
 def task_spec(task: TaskConfig, store: EpisodeStore) -> PolicySpec:

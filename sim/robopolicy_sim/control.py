@@ -39,7 +39,7 @@ class ToolTarget:
 
 @dataclass(frozen=True)
 class ArmState:
-    """What is measured: joint angles (n,) in radians, TCP position (3,) and rotation (3, 3), for controllers in the base frame."""
+    """What is measured: joint angles (n,) in radians, TCP position (3,) and rotation (3, 3) in one frame."""
 
     joints: np.ndarray
     position: np.ndarray

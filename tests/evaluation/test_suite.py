@@ -156,17 +156,18 @@ def test_the_shipped_suite_leaves_cameras_out_of_the_aggregate():
 # Options and files.
 
 
-def test_a_photo_is_found_beside_its_suite_and_known_by_its_bytes(tmp_path):
+@pytest.mark.parametrize(("option", "key"), [("background", "photo"), ("robot_parameters", "file")])
+def test_a_file_is_found_beside_its_suite_and_known_by_its_bytes(tmp_path, option, key):
     (tmp_path / "desk.png").write_bytes(b"pixels")
-    text = "name: x\nenvironment_options: {background: {photo: desk.png}}\nsettings: [{factor: base}]"
+    text = f"name: x\nenvironment_options: {{{option}: {{{key}: desk.png}}}}\nsettings: [{{factor: base}}]"
     options = load_suite(written(tmp_path, text)).base.options
-    assert options["background"]["photo"] == str(tmp_path / "desk.png")
+    assert options[option][key] == str(tmp_path / "desk.png")
     before = described_options(options)
     assert str(tmp_path) not in str(before)
     (tmp_path / "desk.png").write_bytes(b"other pixels")
     assert described_options(options) != before
-    with pytest.raises(UserError, match="'photo' names the file .*/chair.png, which is not there"):
-        absolute_files({"background": {"photo": "chair.png"}}, tmp_path)
+    with pytest.raises(UserError, match=f"'{key}' names the file .*/chair.png, which is not there"):
+        absolute_files({option: {key: "chair.png"}}, tmp_path)
 
 
 def test_options_reach_the_environment_and_its_protocol():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -103,6 +104,38 @@ def test_a_state_of_the_wrong_size_is_refused() -> None:
         shared("Lift").reset(options={"environment_state": np.zeros(4)})
 
 
+def test_an_unknown_option_of_reset_is_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match="'state' is unknown; there are environment_state, variation"):
+        shared("Lift").reset(options={"state": np.zeros(9)})
+
+
+def test_options_may_come_from_json() -> None:
+    env = make("Lift", cameras=["front"], image_size=32, render_mode="rgb_array", render_size=[24, 40])
+    observation, _ = env.reset(seed=0)
+    assert observation["observation.image.front"].shape == (32, 32, 3)
+    assert env.render().shape == (24, 40, 3)
+    env.close()
+    env.close()
+
+
+def test_a_start_at_the_goal_has_a_progress() -> None:
+    env = shared("PickPlace")
+    key = "observation.environment_state"
+    state = env.reset(seed=0)[0][key]
+    state[:2] = state[-2:]
+    env.reset(seed=0, options={key.removeprefix("observation."): state})
+    env.place("cube", [*env.position("bin")[:2], 0.3])
+    _, reward, *_ = env.step(env.encode(ToolTarget(env.tool_state().position, env.tool_state().rotation, 1.0)))
+    assert 0 <= reward < 0.5
+
+
+def test_a_task_that_grasps_asks_for_finger_pads() -> None:
+    panda = ARMS["panda"]
+    env = make("Lift", arm=replace(panda, gripper=replace(panda.gripper, pads=())))
+    with pytest.raises(ValueError, match="'panda' names 0 finger pads.*pads="):
+        env.reset(seed=0)
+
+
 # Controls.
 
 
@@ -166,6 +199,18 @@ def test_latency_delays_the_motion_by_exactly_that_time(steps: int) -> None:
     assert np.abs(paths[steps][: steps + 1]).max() < 0.005 * moved
 
 
+@pytest.mark.parametrize("control_hz", [10, 15, 30, 400])
+def test_a_control_step_takes_exactly_its_share_of_a_second(control_hz: float) -> None:
+    env = make("Lift", control="joint_position", control_hz=control_hz)
+    env.reset(seed=0)
+    action = np.append(env.tool_state().joints, 1.0)
+    for _ in range(6):
+        env.step(action)
+    assert env.metadata["render_fps"] == control_hz
+    assert env.data.time == pytest.approx(6 / control_hz)
+    assert env.model.opt.timestep <= 0.005
+
+
 def test_deltas_from_the_target_keep_their_sum_while_the_arm_lags_and_deltas_from_the_tool_do_not() -> None:
     reached = {}
     for control in ("ee_delta_current", "ee_delta_target"):
@@ -213,6 +258,21 @@ def test_an_expert_that_recovers_succeeds_after_a_mistake(task: str) -> None:
 )
 def test_unknown_arms_and_controls_are_refused_with_the_choices(options: dict[str, str], choices: str) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options.values()))}.*{choices}"):
+        make("Lift", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"control_hz": 0}, "control_hz=0 is no rate"),
+        ({"action_latency": -0.1}, "action_latency=-0.1 is no time"),
+        ({"cameras": "scene"}, "cameras='scene' is a string"),
+        ({"variation": "darker"}, "variation='darker' is no mapping"),
+        ({"randomization": ["mild"]}, r"randomization=\['mild'\] is no mapping"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         make("Lift", **options)
 
 

@@ -30,6 +30,8 @@ SHORTER = {
         "train.tensorboard=false policy.config.down_dims=[16,32] policy.config.step_embed_dim=16"
     ),
     "eval": "episodes=2 videos=0",
+    "identify-camera": "",
+    "identify": "--steps 60 --workers 1",
     "": "",
 }
 
@@ -38,7 +40,8 @@ PROMISED = {
     "README.md": (
         "pictures data/push_puck.zarr/meta/episode_ends runs/a/config.json runs/a/metrics.jsonl "
         "runs/a/first_batch.png runs/a/checkpoints/last runs/a/bundles/last/bundle.yaml "
-        "runs/b/bundles/last/bundle.yaml results/a/report.html results/b/report.html results/comparison.html"
+        "runs/b/bundles/last/bundle.yaml results/a/report.html results/b/report.html results/comparison.html "
+        "runs/lift/bundles/last/bundle.yaml results/dynamics/report.html"
     ),
     "data.md": "pictures data/all.zarr data/all.zarr.zip data/train.zarr data/val.zarr data/clean.zarr",
     "training.md": (
@@ -51,6 +54,7 @@ PROMISED = {
         "results/first/protocol.json results/fast/report.html results/comparison.html"
     ),
     "data_questions.md": "pictures/quality.png data/calm.zarr data/more.zarr data/all.zarr",
+    "matching.md": "data/real.zarr robot.json data/matched.zarr camera.json",
     "peers_environments.md": "data/drawer_open.zarr data/pick_place.zarr/data/observation.image.scene",
     "fidelity.md": "fidelity.html results/a/report.html results/b/report.html selection.json",
     "randomization.md": "data/varied.zarr data/late.zarr",

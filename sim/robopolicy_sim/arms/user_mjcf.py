@@ -116,7 +116,7 @@ def _names(model: mujoco.MjModel, kind: str) -> list[str]:
 def _check_home(model: mujoco.MjModel, arm: Arm) -> None:
     for name, position in zip(arm.joints, arm.home, strict=True):
         joint = model.joint(name)
-        if joint.type[0] not in (mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE):
+        if int(joint.type[0]) not in (int(mujoco.mjtJoint.mjJNT_HINGE), int(mujoco.mjtJoint.mjJNT_SLIDE)):
             raise ValueError(f"{arm.xml}: joint '{name}' is neither a hinge nor a slide; an arm's joints must be.")
         low, high = joint.range
         if model.jnt_limited[joint.id] and not low <= position <= high:
@@ -134,9 +134,8 @@ def _root_body(model: mujoco.MjModel, joint: str, path: Path) -> str:
 
 def _servo(model: mujoco.MjModel, joint: str, path: Path) -> str:
     """Return the name of the position servo that drives a joint."""
-    driving = np.flatnonzero(
-        (model.actuator_trntype == mujoco.mjtTrn.mjTRN_JOINT) & (model.actuator_trnid[:, 0] == model.joint(joint).id)
-    )
+    by_joint = model.actuator_trntype == int(mujoco.mjtTrn.mjTRN_JOINT)
+    driving = np.flatnonzero(by_joint & (model.actuator_trnid[:, 0] == model.joint(joint).id))
     if len(driving) != 1:
         raise ValueError(f"{path}: joint '{joint}' has {len(driving)} actuators, but it needs one position servo.")
     actuator = model.actuator(driving[0])
@@ -173,9 +172,9 @@ def _driven_joint(model: mujoco.MjModel, arm: Arm) -> str:
     """Return the joint that shows the gripper's opening: the driven one, or the first on the driven tendon."""
     actuator = model.actuator(arm.gripper.actuator)
     kind, target = actuator.trntype[0], actuator.trnid[0]
-    if kind == mujoco.mjtTrn.mjTRN_JOINT:
+    if kind == int(mujoco.mjtTrn.mjTRN_JOINT):
         return model.joint(target).name
-    if kind == mujoco.mjtTrn.mjTRN_TENDON:
+    if kind == int(mujoco.mjtTrn.mjTRN_TENDON):
         wrap = model.tendon_adr[target]
         if model.wrap_type[wrap] == mujoco.mjtWrap.mjWRAP_JOINT:
             return model.joint(model.wrap_objid[wrap]).name

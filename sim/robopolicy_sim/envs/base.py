@@ -67,7 +67,7 @@ class MujocoTaskEnv(gym.Env[Observation, np.ndarray], ABC):
         self.render_mode = render_mode
         self._cameras = self._checked_cameras(cameras)
         self._image_size = (image_size, image_size)
-        self._render_size = tuple(render_size)
+        self._render_size = (render_size[0], render_size[1])  # JSON has lists, which are no keys
         self._quality = find_quality(render_quality)
         self._renderer: CameraRenderer | None = None
         self.metadata = self.metadata | {"render_fps": self.control_hz}

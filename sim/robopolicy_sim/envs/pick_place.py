@@ -6,6 +6,7 @@ import mujoco
 import numpy as np
 
 from robopolicy_sim.envs.objects import add_bin, add_block, random_turn
+from robopolicy_sim.envs.placing import HALF_SIZE, RED, PlacingEnv
 from robopolicy_sim.experts.pick_place import PickPlaceExpert
 
 BIN_HALF = 0.055  # m, inside

@@ -6,6 +6,7 @@ import mujoco
 import numpy as np
 
 from robopolicy_sim.envs.objects import add_block, random_turn, separated_points
+from robopolicy_sim.envs.placing import HALF_SIZE, RED, PlacingEnv
 from robopolicy_sim.experts.stack import StackExpert
 
 BASE_HALF = 0.025  # m of the lower block

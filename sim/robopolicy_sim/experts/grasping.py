@@ -34,7 +34,7 @@ class GraspingExpert(ScriptedExpert):
             aimed = self.aim(env.position(body), tolerance=GRASP_TOLERANCE)
             rotation = top_down(self.grasp_yaw(body, quarter_turn))
             yield from self.move(aimed + [0, 0, HOVER], rotation, tolerance=0.015)
-            yield from self.move(aimed, rotation, speed=0.6)
+            yield from self.move(aimed, rotation, speed=0.6, max_steps=60)  # a finger may have landed on the block
             yield from self.grip(0.0)
             yield from self.wait(0 if env.grasped(body) else SLIPS)
             if not env.grasped(body):

@@ -99,7 +99,7 @@ class PeerEnv(gym.Env[Observation, np.ndarray], ABC):
                 raise ValueError(f"There is no camera '{camera}'; there are {', '.join(self._camera_names)}.")
         self._cameras = tuple(cameras)
         self._image_size = (image_size, image_size)
-        self._render_size = render_size
+        self._render_size = (render_size[0], render_size[1])  # JSON has lists, which are no keys
         self._quality = find_quality(render_quality)
         self._renderer: CameraRenderer | None = None
         self.metadata = self.metadata | {

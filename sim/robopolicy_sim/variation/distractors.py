@@ -149,7 +149,7 @@ def _kept_free(env: ArmTaskEnv) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     starts = [*data.geom_xpos[geoms, :2]]
     ends = [*data.geom_xpos[geoms, :2]]
     radii = [*(model.geom_rbound[geoms] + FINGER_ROOM)]
-    for joint in np.flatnonzero((model.jnt_type == mujoco.mjtJoint.mjJNT_SLIDE) & mine[model.jnt_bodyid]):
+    for joint in np.flatnonzero((model.jnt_type == int(mujoco.mjtJoint.mjJNT_SLIDE)) & mine[model.jnt_bodyid]):
         travel = model.jnt_range[joint] - data.qpos[model.jnt_qposadr[joint]]
         shifts = travel[:, None] * data.xaxis[joint, :2]
         carried = np.flatnonzero(model.geom_bodyid == model.jnt_bodyid[joint])
