@@ -42,6 +42,14 @@ def svg(draw: Callable[[Axes], None], label: str, size: tuple[float, float] = (5
     return Markup(page)
 
 
+def write_page(path: Path, page: str) -> None:
+    """Write a page, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+
+
 def video_uri(path: Path) -> str:
     """The mp4 as an address that holds its bytes."""
     return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()

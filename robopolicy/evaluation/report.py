@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from robopolicy.evaluation.compare import Comparison
 from robopolicy.evaluation.episode import EpisodeResult
-from robopolicy.evaluation.page import ACCENT, BAD, GOOD, INK, svg, templates, video_uri
+from robopolicy.evaluation.page import ACCENT, BAD, GOOD, INK, svg, templates, video_uri, write_page
 from robopolicy.evaluation.results import EvaluationResult
 
 
@@ -47,8 +47,7 @@ def write_report(
         comparison=comparison,
         scatter=paired_scatter(comparison) if comparison else None,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_page(path, page)
 
 
 def score_histogram(episodes: Sequence[EpisodeResult]) -> Markup:

@@ -258,9 +258,14 @@ def read_text(path: Path, parse: Callable[[str], Any]) -> Any:
 def _load_episodes(path: Path) -> tuple[EpisodeResult, ...]:
     rows = read_text(path, lambda text: [json.loads(line) for line in text.splitlines()])
     nothing = np.zeros((0, 0), np.float32)
-    return tuple(
+    episodes = tuple(
         EpisodeResult(actions=nothing, **checked_fields(_Row, row, f"{path} line {i}")) for i, row in enumerate(rows, 1)
     )
+    for episode in episodes:
+        # A report holds the bytes of its videos: a folder from elsewhere must not make it hold other files.
+        if episode.video and not (path.parent / episode.video).resolve().is_relative_to(path.parent.resolve()):
+            raise UserError(f"{path}: the video '{episode.video}' of seed {episode.seed} lies outside the folder.")
+    return episodes
 
 
 @dataclass(frozen=True)

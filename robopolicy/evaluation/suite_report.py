@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from robopolicy.evaluation.compare import SuiteComparison
 from robopolicy.evaluation.episode import EpisodeResult
-from robopolicy.evaluation.page import ACCENT, INK, svg, templates, video_uri
+from robopolicy.evaluation.page import ACCENT, INK, svg, templates, video_uri, write_page
 from robopolicy.evaluation.suite import Setting
 from robopolicy.evaluation.suite_results import FactorResult, SettingResult, SuiteResult, setting_folder
 
@@ -42,8 +42,7 @@ def write_suite_report(
             comparison=comparison,
         )
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_page(path, page)
 
 
 def level_curve(factor: FactorResult, base: SettingResult) -> Markup:

@@ -85,9 +85,9 @@ class SuiteResult:
     def aggregate(self) -> Metric:
         """The suite's headline."""
         interval = bootstrap_mean(self.weights @ self.successes)
-        n = int(np.count_nonzero(self.weights)) * self.successes.shape[1]
         values = interval.value, interval.low, interval.high
-        return Metric("aggregate", "Aggregate success rate", AGGREGATE, CLUSTERED, *values, n)
+        n_seeds = self.successes.shape[1]  # the settings share them, so they are no further evidence
+        return Metric("aggregate", "Aggregate success rate", AGGREGATE, CLUSTERED, *values, n_seeds)
 
     @cached_property
     def settings(self) -> tuple[SettingResult, ...]:

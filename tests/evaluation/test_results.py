@@ -86,6 +86,15 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         EvaluationResult.load(tmp_path)
 
 
+def test_a_video_outside_the_folder_is_refused(tmp_path):
+    result([0.2]).save(tmp_path / "results")
+    rows = tmp_path / "results" / "episodes.jsonl"
+    row = json.loads(rows.read_text()) | {"video": "../secret.mp4"}
+    rows.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="secret.mp4.*outside the folder"):
+        EvaluationResult.load(tmp_path / "results")
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="nothing/protocol.json is not there"):
         EvaluationResult.load(tmp_path / "nothing")

@@ -235,7 +235,7 @@ def test_rates_drops_and_aggregate(played):
     expected = bootstrap_mean((base + hard + easy) / 5)
     aggregate = result.aggregate
     assert (aggregate.value, aggregate.low, aggregate.high) == pytest.approx(tuple(vars(expected).values()))
-    assert aggregate.n == 4 * len(SEEDS)
+    assert aggregate.n == len(SEEDS)
 
 
 def test_the_interval_of_the_aggregate_takes_seeds_as_clusters(played):
