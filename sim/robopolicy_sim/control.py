@@ -96,7 +96,10 @@ class Controller(ABC):
 
 
 class ToolPose(Controller):
-    """Absolute TCP pose: position (3) in metres, 6-D rotation (6), opening (1)."""
+    """Absolute TCP pose: position (3) in metres, 6-D rotation (6), opening (1).
+
+    Where the six numbers are no rotation (zero or parallel columns, as a policy may put out), the tool keeps its own.
+    """
 
     names = ("x", "y", "z", "r11", "r21", "r31", "r12", "r22", "r32", "opening")
     unit = "m; 6-D rotation; share"
@@ -108,7 +111,11 @@ class ToolPose(Controller):
         self.action_space = spaces.Box(low, high)
 
     def _decode(self, action: np.ndarray, state: ArmState) -> JointTarget:
-        return JointTarget(self._solve(action[:3], from_rotation_6d(action[3:9])), action[9])
+        try:
+            rotation = from_rotation_6d(action[3:9])
+        except ValueError:
+            rotation = state.rotation
+        return JointTarget(self._solve(action[:3], rotation), action[9])
 
     def encode(self, target: ToolTarget, state: ArmState) -> np.ndarray:
         pose = np.concatenate([target.position, to_rotation_6d(target.rotation), [target.opening]])

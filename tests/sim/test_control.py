@@ -75,6 +75,14 @@ def test_an_accumulated_target_stays_within_its_leash() -> None:
     assert distance == pytest.approx(LEASH, abs=2e-3)
 
 
+def test_six_numbers_that_are_no_rotation_leave_the_tool_as_it_is_turned() -> None:
+    controller, state = at_home("ee_pose")
+    action = controller.encode(ToolTarget(state.position + [0.01, 0, 0], state.rotation, 1.0), state)
+    action[3:9] = 0
+    _, rotation = controller.kinematics.forward(controller.step(action, state).joints)
+    assert np.linalg.norm(rotation_error(state.rotation, rotation)) < 2e-3
+
+
 def test_an_unknown_control_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match="ee_pose, ee_delta_current, ee_delta_target, joint_position"):
         make_controller("impedance", PANDA, ArmKinematics(PANDA), PERIOD)
