@@ -212,6 +212,8 @@ def train(config: RunConfig, plain: Mapping[str, Any], evaluate: Evaluate | None
     if processes.main:
         write_whole(run.out / "config.json", json.dumps(run.plain, indent=2))
     log.info("%s: %.2f M parameters", config.policy["name"], sum(p.numel() for p in run.policy.parameters()) / 1e6)
+    if config.train.precision == "bf16" and processes.device.type == "cpu" and not torch.cpu._is_avx512_supported():
+        log.warning("this processor has no AVX-512: bf16 is emulated, about ten times slower than train.precision=fp32")
     metrics: dict[str, float] = {}
     main_log = MetricsLog(run.out, config.train, run.step, run.plain) if processes.main else None
     with main_log or nullcontext():
