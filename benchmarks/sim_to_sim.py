@@ -38,6 +38,7 @@ from robopolicy.evaluation.fidelity_report import write_fidelity
 from robopolicy.evaluation.rates import rates_of_results
 from robopolicy.evaluation.results import write_json
 from robopolicy.policies.bundle import load_bundle
+from robopolicy.simulator import task_id
 from robopolicy_sim.matching.background import foreground_geoms, photograph
 
 Options = dict[str, Any]
@@ -157,16 +158,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", required=True, metavar="NAME=BUNDLE")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--task", default="lift")
+    parser.add_argument("--task", default="lift", help="the task that the policies do")
+    parser.add_argument("--motions", default="reach", help="the task that is recorded for matching: free motions")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--recordings", type=int, default=18)
     parser.add_argument("--identify-steps", type=int, default=400)
     parser.add_argument("--image-size", type=int, default=48)
     args = parser.parse_args()
-    task = f"robopolicy_sim/{''.join(word.capitalize() for word in args.task.split('_'))}-v0"
     args.out.mkdir(parents=True, exist_ok=True)
-    real = record_real(task, args.out, args.recordings, args.image_size)
-    matched = match(task, args.task, real, args.out, args.image_size, args.identify_steps)
+    real = record_real(task_id(args.motions), args.out, args.recordings, args.image_size)
+    matched = match(task_id(args.motions), args.motions, real, args.out, args.image_size, args.identify_steps)
     write_json(args.out / "matched.json", matched)
     worlds = {"real": SHARED | HIDDEN, "nominal": SHARED, "matched": matched}
     policies = dict(word.split("=", 1) for word in args.policies)
@@ -174,7 +175,10 @@ def main() -> None:
         for name, bundle in policies.items():
             judge(name, Path(bundle), world, options, args.task, args.out, args.episodes)
     report(args.out, list(policies))
-    gaps = [[world, f"{image_gap(task, worlds[world], args.image_size):.1f}"] for world in ("nominal", "matched")]
+    gaps = [
+        [world, f"{image_gap(task_id(args.task), worlds[world], args.image_size):.1f}"]
+        for world in ("nominal", "matched")
+    ]
     print_table("difference of the images from the real ones, of 255", ["simulation", "mean"], gaps)
 
 
