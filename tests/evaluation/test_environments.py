@@ -46,8 +46,8 @@ def test_the_control_rate_must_fit():
 
 
 def test_an_unknown_name_suggests_the_closest():
-    with pytest.raises(UserError, match="no environment 'push_t'.*Did you mean 'pusht'"):
-        environment("push_t")
+    with pytest.raises(UserError, match="no environment 'pusth'.*Did you mean 'pusht'"):
+        environment("pusth")
 
 
 class TinyArm(gymnasium.Env):
