@@ -41,7 +41,7 @@ PROMISED = {
         "pictures data/push_puck.zarr/meta/episode_ends runs/a/config.json runs/a/metrics.jsonl "
         "runs/a/first_batch.png runs/a/checkpoints/last runs/a/bundles/last/bundle.yaml "
         "runs/b/bundles/last/bundle.yaml results/a/report.html results/b/report.html results/comparison.html "
-        "runs/lift/bundles/last/bundle.yaml results/dynamics/report.html"
+        "runs/drawer/bundles/last/bundle.yaml results/dynamics/report.html"
     ),
     "data.md": "pictures data/all.zarr data/all.zarr.zip data/train.zarr data/val.zarr data/clean.zarr",
     "training.md": (

@@ -54,6 +54,7 @@ class ArmTaskEnv(MujocoTaskEnv):
     scene = "arm_bench.xml"
     objects: tuple[str, ...] = ()
     goal_names: tuple[str, ...] = ()
+    goal_unit: str = ""
     expert_class: type[ScriptedExpert]
 
     def __init__(
@@ -342,9 +343,10 @@ class ArmTaskEnv(MujocoTaskEnv):
         }
 
     def _units(self) -> dict[str, str]:
+        poses = "m; 6-D rotation" if self.objects else ""
         return {
             "observation.state": "rad; share; m; 6-D rotation",
-            "observation.environment_state": "m; 6-D rotation",
+            "observation.environment_state": "; ".join(filter(None, [poses, self.goal_unit])),
             "action": self.controller.unit,
         }
 

@@ -64,6 +64,7 @@ class ButtonsEnv(ArmTaskEnv):
         "ordered",
         *(f"lit_{colour}" for colour in COLOURS),
     )
+    goal_unit = "one-hot"
     expert_class = ButtonsExpert
 
     def _furnish(self, spec: mujoco.MjSpec) -> None:

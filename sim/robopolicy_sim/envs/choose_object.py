@@ -27,6 +27,7 @@ class ChooseObjectEnv(ArmTaskEnv):
 
     objects = ("red", "green")
     goal_names = ("wanted_red", "wanted_green")
+    goal_unit = "one-hot"
     expert_class = ChooseObjectExpert
 
     def _furnish(self, spec: mujoco.MjSpec) -> None:

@@ -42,6 +42,7 @@ class DrawerEnv(ArmTaskEnv):
 
     objects = ("cabinet",)
     goal_names = ("left_out", "right_out", "wanted_left", "wanted_right")
+    goal_unit = "m; one-hot"
     verb: str
 
     def _furnish(self, spec: mujoco.MjSpec) -> None:

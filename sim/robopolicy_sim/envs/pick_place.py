@@ -19,6 +19,7 @@ class PickPlaceEnv(PlacingEnv):
     instruction = "put the red block into the bin"
     objects = ("cube",)
     goal_names = ("bin_x", "bin_y")
+    goal_unit = "m"
     expert_class = PickPlaceExpert
 
     def _furnish(self, spec: mujoco.MjSpec) -> None:

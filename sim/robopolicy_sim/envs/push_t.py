@@ -38,6 +38,7 @@ class PushTEnv(ArmTaskEnv):
     instruction = "push the T-shaped block onto the mark"
     objects = ("tee",)
     goal_names = ("goal_x", "goal_y", "goal_cos_yaw", "goal_sin_yaw")
+    goal_unit = "m; cosine, sine"
     expert_class = PushTExpert
 
     def _load_model(self) -> mujoco.MjModel:

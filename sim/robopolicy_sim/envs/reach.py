@@ -26,6 +26,7 @@ class ReachEnv(ArmTaskEnv):
     instruction = "reach the green ball without touching the post"
     objects = ()
     goal_names = ("goal_x", "goal_y", "goal_z", "post_x", "post_y")
+    goal_unit = "m"
     expert_class = ReachExpert
 
     def _furnish(self, spec: mujoco.MjSpec) -> None:
