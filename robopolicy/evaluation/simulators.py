@@ -304,7 +304,7 @@ def _portable(error: Exception) -> Exception:
     """The error with the worker's traceback as a note; as a RuntimeError where it cannot be sent."""
     trace = "".join(traceback.format_exception(error))
     try:
-        error = pickle.loads(pickle.dumps(error))
+        error = pickle.loads(pickle.dumps(error))  # our own bytes: some errors can be written but not read back
     except Exception:  # whatever its constructor or its attributes do
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(f"In the simulation worker:\n{trace}")

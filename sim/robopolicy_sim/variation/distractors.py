@@ -43,7 +43,6 @@ class Part:
     turn: tuple[float, float, float, float] = (1, 0, 0, 0)
 
 
-LYING = (1.0, 0.0, 1.0, 0.0)  # along x instead of z
 # Lower than `HIGHEST`, so that the hand passes above them.
 THINGS: dict[str, tuple[Part, ...]] = {
     "can": (
