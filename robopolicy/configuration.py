@@ -38,7 +38,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        kinds = [a for a in arguments if a is not type(None)]
+        return _convert(_named_kind(kinds, value, where) if len(kinds) > 1 else kinds[0], value, where)
     if origin is typing.Literal:
         if value not in arguments:
             raise UserError(f"{where}={value!r} must be one of {', '.join(map(repr, arguments))}.")
@@ -50,6 +51,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: expected a mapping, found {value!r}.")
         return {str(k): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     return _convert_scalar(hint, value, where)
+
+
+def _named_kind(kinds: list[type], value: Any, where: str) -> type:
+    """Of several dataclasses, the one whose field ``name`` has the value's ``name`` as default; the first without."""
+    names = {str(kind.__dataclass_fields__["name"].default): kind for kind in kinds}  # type: ignore[attr-defined]
+    name = value.get("name", next(iter(names))) if isinstance(value, Mapping) else next(iter(names))
+    if name not in names:
+        raise UserError(f"{where}.name={name!r} must be one of {', '.join(map(repr, names))}.")
+    return names[name]
 
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

@@ -62,6 +62,27 @@ class KeySpec:
         return self.shape[0] + len(self.angles)
 
 
+GOAL = "goal."
+"""Prefix of goal keys in batches and observations: ``goal.observation.state`` is a later value of that key."""
+TASK = "task"
+"""Key of the index (B,) into `PolicySpec.tasks` in batches."""
+INSTRUCTION = "instruction"
+"""Key of the instruction, as text, in the observations of a policy with tasks."""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of a multi-task policy.
+
+    Attributes:
+        instruction: what the robot is asked to do, in words.
+        domain: which normaliser its data uses; datasets that were normalised together share one.
+    """
+
+    instruction: str
+    domain: int = 0
+
+
 @dataclass(frozen=True)
 class PolicySpec:
     """What a policy reads and writes.
@@ -73,6 +94,10 @@ class PolicySpec:
         n_obs_steps: observations of history that condition a chunk, the newest included.
         horizon: length of the predicted chunk; it starts at the oldest conditioning observation.
         n_action_steps: actions of the chunk that are executed before the next prediction.
+        goals: observation keys of which a goal is given, a value to be reached later; found under ``goal.<key>``.
+        goal_horizon: in training, goals lie at most this many steps after the newest observation; None: anywhere in
+            the rest of the episode.
+        tasks: the tasks that the policy was trained on, told apart by instruction; empty for one task.
     """
 
     observations: tuple[KeySpec, ...]
@@ -81,6 +106,9 @@ class PolicySpec:
     n_obs_steps: int = 2
     horizon: int = 16
     n_action_steps: int = 8
+    goals: tuple[KeySpec, ...] = ()
+    goal_horizon: int | None = None
+    tasks: tuple[TaskSpec, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_obs_steps <= self.horizon:
@@ -94,6 +122,13 @@ class PolicySpec:
         names = [k.key for k in (*self.observations, self.action)]
         if len(set(names)) != len(names):
             raise UserError(f"Keys of a policy must differ, found {names}.")
+        if self.goal_horizon is not None and self.goal_horizon < 1:
+            raise UserError(f"goal_horizon={self.goal_horizon} must be at least 1.")
+        instructions = [task.instruction for task in self.tasks]
+        if len(set(instructions)) != len(instructions):
+            raise UserError(f"The instructions of a policy's tasks must differ, found {instructions}.")
+        if self.tasks and {task.domain for task in self.tasks} != set(range(self.domains)):
+            raise UserError(f"The domains of the tasks must be 0..{self.domains - 1} without gaps, found {self.tasks}.")
 
     @property
     def pad_before(self) -> int:
@@ -110,6 +145,11 @@ class PolicySpec:
     @property
     def states(self) -> tuple[KeySpec, ...]:
         return tuple(k for k in self.observations if k.role == "state")
+
+    @property
+    def domains(self) -> int:
+        """Number of normalisers for each key."""
+        return 1 + max((task.domain for task in self.tasks), default=0)
 
     @property
     def executed(self) -> slice:
@@ -133,7 +173,12 @@ class PolicySpec:
             _key_from_dict(k, f"{where}.observations[{i}]") for i, k in enumerate(values.pop("observations"))
         )
         action = _key_from_dict(values.pop("action"), f"{where}.action")
-        return cls(observations=observations, action=action, **values)
+        goals = tuple(_key_from_dict(k, f"{where}.goals[{i}]") for i, k in enumerate(values.pop("goals", ())))
+        tasks = tuple(
+            TaskSpec(**checked_fields(TaskSpec, t, f"{where}.tasks[{i}]"))
+            for i, t in enumerate(values.pop("tasks", ()))
+        )
+        return cls(observations=observations, action=action, goals=goals, tasks=tasks, **values)
 
 
 def checked_fields(kind: type, values: Any, where: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ and keeps its scale, so that noise at run time is not blown up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,7 +24,8 @@ CONSTANT_RANGE = 1e-4
 class AffineNormalizer(nn.Module):
     """``normalised = x * scale + offset`` per dimension, with both (D,) as buffers.
 
-    ``low`` and ``high`` (D,) keep the range of the training data, in physical units.
+    ``low`` and ``high`` (D,) keep the range of the training data, in physical units. With several domains (datasets
+    that are normalised apart) all four are (domains, D), and every row of a batch names its domain.
     """
 
     scale: Tensor
@@ -32,20 +33,43 @@ class AffineNormalizer(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, domains: int = 1) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.ones(dim))
-        self.register_buffer("offset", torch.zeros(dim))
-        self.register_buffer("low", torch.full((dim,), -torch.inf))
-        self.register_buffer("high", torch.full((dim,), torch.inf))
+        shape = (dim,) if domains == 1 else (domains, dim)
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("offset", torch.zeros(shape))
+        self.register_buffer("low", torch.full(shape, -torch.inf))
+        self.register_buffer("high", torch.full(shape, torch.inf))
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """Map physical units (..., D) to normalised values."""
-        return x * self.scale + self.offset
+    @classmethod
+    def stack(cls, parts: Sequence[AffineNormalizer]) -> AffineNormalizer:
+        """One normaliser with a domain for each of several of the same dimension."""
+        if len(parts) == 1:
+            return parts[0]
+        stacked = cls(parts[0].scale.shape[-1], len(parts))
+        for name in ("scale", "offset", "low", "high"):
+            getattr(stacked, name).copy_(torch.stack([getattr(part, name) for part in parts]))
+        return stacked
 
-    def unnormalize(self, x: Tensor) -> Tensor:
-        """Map normalised values (..., D) back to physical units."""
-        return (x - self.offset) / self.scale
+    def normalize(self, x: Tensor, domain: Tensor | None = None) -> Tensor:
+        """Map physical units (B, ..., D) to normalised values; domain (B,) where there are several."""
+        return x * _of_rows(self.scale, domain, x) + _of_rows(self.offset, domain, x)
+
+    def unnormalize(self, x: Tensor, domain: Tensor | None = None) -> Tensor:
+        """Map normalised values (B, ..., D) back to physical units."""
+        return (x - _of_rows(self.offset, domain, x)) / _of_rows(self.scale, domain, x)
+
+    def bounds(self, domain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest normalised value of the training data, (D,), or (B, 1, D) for domain (B,)."""
+        low, high = self.low * self.scale + self.offset, self.high * self.scale + self.offset
+        return (low, high) if domain is None else (low[domain, None], high[domain, None])
+
+
+def _of_rows(values: Tensor, domain: Tensor | None, x: Tensor) -> Tensor:
+    """Each row's values, shaped to broadcast against x (B, ..., D)."""
+    if domain is None:
+        return values
+    return values[domain].view(len(domain), *[1] * (x.ndim - 2), -1)
 
 
 def fit_normalizer(values: np.ndarray, mode: Mode, angles: tuple[int, ...] = ()) -> AffineNormalizer:

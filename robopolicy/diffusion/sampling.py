@@ -1,4 +1,4 @@
-"""Sampling action chunks: from noise to a clean chunk with a diffusers solver."""
+"""Sampling action chunks: from noise to a clean chunk with a solver."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from robopolicy.diffusion.ddpm import DdpmProcess, SamplerConfig
+from robopolicy.diffusion.process import Solver
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the batch, or one for each row: then a row does not depend on the batch that it is in."""
@@ -21,33 +21,26 @@ def draw_noise(shape: tuple[int, ...], generators: Generators, device: torch.dev
 
 
 def sample_chunks(
-    process: DdpmProcess,
-    sampler: SamplerConfig,
-    denoise: Callable[[Tensor, Tensor], Tensor],
-    shape: tuple[int, int, int],
+    solver: Solver,
+    estimate: Callable[[Tensor, int], Tensor],
+    start: Tensor,
     bounds: tuple[Tensor, Tensor],
     generators: Generators,
-    device: torch.device,
 ) -> Tensor:
-    """Sample normalised action chunks.
+    """Walk from noise to normalised action chunks.
 
     Args:
-        process: the noise process of the network.
-        sampler: solver and number of steps.
-        denoise: maps x (B, H, A) and t (B,) to the network's prediction (B, H, A).
-        shape: (B, H, A).
-        bounds: smallest and largest normalised action (A,); each clean-sample estimate is clipped to them.
-        generators: source of all randomness.
-        device: where to sample.
+        solver: fresh.
+        estimate: maps x (B, H, A) and the index of the network call to the clean-sample estimate (B, H, A).
+        start: x (B, H, A) at the first level, pure noise.
+        bounds: smallest and largest normalised action, (A,) or (B, 1, A); each estimate is clipped to them.
+        generators: source of the randomness on the way.
 
     Returns:
         (B, H, A).
     """
-    solver = process.solver(sampler)
-    x = draw_noise(shape, generators, device)
-    options = {"generator": list(generators) if isinstance(generators, Sequence) else generators}
-    for t in solver.timesteps.tolist():
-        levels = torch.full((shape[0],), t, device=device, dtype=torch.long)
-        clean = process.clean_estimate(denoise(x, levels), x, levels).clamp(*bounds)
-        x = solver.step(clean, t, x, **options).prev_sample
+    generator = list(generators) if isinstance(generators, Sequence) else generators
+    x = start
+    for i in range(len(solver)):
+        x = solver.step(i, estimate(x, i).clamp(*bounds), x, generator)
     return x

@@ -14,7 +14,6 @@ from robopolicy.data.loader import dataset_key
 from robopolicy.data.store import EpisodeStore
 from robopolicy.data.windows import build_windows
 from robopolicy.errors import UserError
-from robopolicy.nets.observation import ObservationEncoder
 from robopolicy.policies.base import Policy
 from robopolicy.spec import KeySpec, check_keys
 
@@ -47,12 +46,8 @@ def encode_dataset(policy: Policy, store: EpisodeStore, limit: int) -> EncodedOb
     episode repeated at its beginning. Actions are not needed.
 
     Raises:
-        UserError: the policy has no observation encoder; or the dataset is empty, lacks a key or has another shape or
-            unit.
+        UserError: the dataset is empty, lacks a key or has another shape or unit.
     """
-    encoder = getattr(policy, "encoder", None)
-    if not isinstance(encoder, ObservationEncoder):
-        raise UserError(f"{type(policy).__name__} has no observation encoder; its features cannot be compared.")
     spec = policy.spec
     offered = {k.key: dataset_key(store, k) for k in spec.observations if k.array in store.keys}
     check_keys(offered, spec.observations, f"The dataset {store.path} and the policy")
@@ -67,14 +62,14 @@ def encode_dataset(policy: Policy, store: EpisodeStore, limit: int) -> EncodedOb
         steps = windows.steps(rows, spec.n_obs_steps)
         batch: dict[str, Tensor] = {key: torch.from_numpy(values[steps]) for key, values in vectors.items()}
         batch |= {key: torch.from_numpy(_frames(reader, steps)) for key, reader in readers.items()}
-        parts.append(_encode(policy, encoder, batch))
+        parts.append(_encode(policy, batch))
     return EncodedObservations(np.concatenate(parts), windows.episode[chosen])
 
 
 @torch.inference_mode()
-def _encode(policy: Policy, encoder: ObservationEncoder, batch: Mapping[str, Tensor]) -> np.ndarray:
+def _encode(policy: Policy, batch: Mapping[str, Tensor]) -> np.ndarray:
     on_device = {key: values.to(policy.device) for key, values in batch.items()}
-    return encoder(policy.normalized(on_device)).double().cpu().numpy()
+    return policy.encode(on_device).double().cpu().numpy()
 
 
 def _vectors(store: EpisodeStore, key: KeySpec) -> np.ndarray:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from robopolicy.nets.context import Context
+from robopolicy.nets.denoiser import Conditioning, Denoiser
 from robopolicy.nets.short_group_norm import ShortGroupNorm
 
 
@@ -64,16 +66,15 @@ class BlockPair(nn.Module):
         return self.second(self.first(x, first_film), second_film)
 
 
-class ConditionalUnet1d(nn.Module):
+class ConditionalUnet1d(Denoiser):
     """Predicts noise (or another target) for action chunks.
 
     Every residual block is modulated by one slice of a single vector, the sum of a part that depends on the noise level
-    and a part that depends on the observation. The latter is computed once per chunk (`condition`), not once per
-    denoising step; both are one matrix product for all blocks together.
+    and a part that depends on the observation; each is one matrix product for all blocks together.
 
     Args:
         action_dim: A.
-        cond_dim: length of the observation features.
+        cond_dim: length of the flat context.
         down_dims: channels of the levels; the chunk is halved between two levels, so its length must be divisible by
             ``2 ** (len(down_dims) - 1)``.
         kernel_size: kernel of the convolutions, odd.
@@ -115,22 +116,16 @@ class ConditionalUnet1d(nn.Module):
         self.film_step = nn.Sequential(nn.Mish(), nn.Linear(step_embed_dim, sum(self._film_dims)))
         self.film_cond = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, sum(self._film_dims), bias=False))
 
-    def condition(self, features: Tensor) -> Tensor:
-        """Turn observation features (B, cond_dim) into the modulation (B, M) that `forward` takes, once per chunk."""
-        return self.film_cond(features)
+    def condition(self, context: Context) -> Conditioning:
+        """The context's part (B, M) of the modulation of all blocks."""
+        return (self.film_cond(context.flat()),)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """Predict the target for noised chunks.
+    def embed(self, level: Tensor) -> Tensor:
+        """The noise level's part (N, M) of the modulation of all blocks."""
+        return self.film_step(self.step_encoder(level))
 
-        Args:
-            x: (B, H, A) noised, normalised action chunks.
-            t: (B,) noise levels (DDPM time steps).
-            cond: (B, M) from `condition`.
-
-        Returns:
-            (B, H, A).
-        """
-        films = iter((cond + self.film_step(self.step_encoder(t))).split(self._film_dims, dim=1))
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        films = iter((cond[0] + noise).split(self._film_dims, dim=1))
         h = x.transpose(1, 2)
         skips = []
         for level, pair in enumerate(self.down):

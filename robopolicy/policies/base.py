@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,27 @@ from torch import Tensor, nn
 
 from robopolicy.data.augment import AugmentConfig
 from robopolicy.data.normalize import Normalizer
-from robopolicy.diffusion.ddpm import SamplerConfig
+from robopolicy.diffusion.process import SamplerConfig
 from robopolicy.diffusion.sampling import Generators
-from robopolicy.errors import UserError
-from robopolicy.spec import PolicySpec
+from robopolicy.errors import UserError, did_you_mean
+from robopolicy.spec import GOAL, INSTRUCTION, TASK, KeySpec, PolicySpec
 
 Draws = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ExportGraph:
+    """One graph of a policy.
+
+    Attributes:
+        module: its forward takes ``inputs`` and returns a tensor or a tuple of tensors.
+        inputs: example inputs, rows first.
+        names: names of the inputs.
+    """
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    names: tuple[str, ...]
 
 
 class Policy(nn.Module, ABC):
@@ -29,16 +45,23 @@ class Policy(nn.Module, ABC):
         config: the architecture's dataclass, saved in bundles.
         augmentation: changes to images while training; the crop's size applies at inference too.
         sampler: how chunks are sampled; may be replaced after training.
+        instruction: what `act` does where observations bring no instruction; for policies with tasks.
+        goal: values of the spec's goals, by key without prefix, that `act` pursues where observations bring none.
     """
 
     config: Any
     augmentation: AugmentConfig
     sampler: SamplerConfig
+    _domains: Tensor
 
     def __init__(self, spec: PolicySpec, normalizer: Normalizer) -> None:
         super().__init__()
         self.spec = spec
         self.normalizer = normalizer
+        self.instruction: str | None = None
+        self.goal: Mapping[str, np.ndarray] = {}
+        domains = torch.tensor([task.domain for task in spec.tasks], dtype=torch.long)
+        self.register_buffer("_domains", domains, persistent=False)
 
     @abstractmethod
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
@@ -57,11 +80,31 @@ class Policy(nn.Module, ABC):
         """Sample chunks.
 
         Args:
-            observations: by key, (B, n_obs_steps, *shape), physical units; images uint8.
+            observations: by key, (B, n_obs_steps, *shape), physical units; images uint8. Goals (B, *shape) under
+                ``goal.<key>`` and the index ``task`` (B,) int64, where the spec has them.
             generators: one generator for the batch, or one for each row.
 
         Returns:
             (B, horizon, A) actions in physical units; entry ``n_obs_steps - 1`` belongs to the newest observation.
+        """
+
+    @abstractmethod
+    def encode(self, observations: Mapping[str, Tensor]) -> Tensor:
+        """Features (B, F) of observation histories (as for `sample`, without goals and instructions).
+
+        Where datasets were normalised apart, the first one's normaliser is used.
+        """
+
+    @property
+    @abstractmethod
+    def network_calls(self) -> int:
+        """Calls of the denoising network for one chunk with the present sampler."""
+
+    @abstractmethod
+    def export_graphs(self, observations: Mapping[str, Tensor]) -> dict[str, ExportGraph]:
+        """The parts of the policy that an inference engine runs, with example inputs made from observations.
+
+        Each module takes and returns tensors only and draws no random numbers.
         """
 
     @property
@@ -69,38 +112,71 @@ class Policy(nn.Module, ABC):
         return next(self.parameters()).device
 
     def normalized(self, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Normalise the states; images pass unchanged."""
-        return {
-            k.key: observations[k.key] if k.role == "image" else self.normalizer[k.key].normalize(observations[k.key])
-            for k in self.spec.observations
-        }
+        """Normalise the states of observations and goals; images and the task pass unchanged."""
+        domain = self.domain(observations)
+        goals = {GOAL + k.key: self._normalized(k, observations[GOAL + k.key], domain) for k in self.spec.goals}
+        task = {TASK: observations[TASK]} if self.spec.tasks else {}
+        return self.normalized_history(observations, domain) | goals | task
+
+    def normalized_history(self, observations: Mapping[str, Tensor], domain: Tensor | None) -> dict[str, Tensor]:
+        """Normalise the states of the observation history alone."""
+        return {k.key: self._normalized(k, observations[k.key], domain) for k in self.spec.observations}
+
+    def domain(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Which normaliser each row (B,) uses; None where there is one for all."""
+        return self._domains[batch[TASK]] if self.spec.domains > 1 else None
+
+    def _normalized(self, key: KeySpec, values: Tensor, domain: Tensor | None) -> Tensor:
+        return values if key.role == "image" else self.normalizer[key.key].normalize(values, domain)
 
     @torch.inference_mode()
     def act(self, observations: Mapping[str, np.ndarray], generators: Sequence[torch.Generator]) -> np.ndarray:
         """The executed part of a chunk for each row.
 
         Args:
-            observations: by key, (B, n_obs_steps, *shape), physical units; images uint8.
+            observations: by key, (B, n_obs_steps, *shape), physical units; images uint8. Where the spec has them,
+                goals (B, *shape) under ``goal.<key>`` and ``instruction``, B texts; `goal` and `instruction` of the
+                policy stand in for those that are not there.
             generators: one for each row; a row's chunk depends on its own generator and observation only.
 
         Returns:
             (B, n_action_steps, A) float32, physical units.
 
         Raises:
-            UserError: a key is missing or has a wrong shape.
+            UserError: a key is missing or has a wrong shape, or the policy does not know the instruction.
         """
         batch = {k: torch.as_tensor(v) for k, v in self._checked(observations).items()}
         chunk = self.sample({k: v.to(self.device) for k, v in batch.items()}, generators)
         return chunk[:, self.spec.executed].float().cpu().numpy()
 
-    def _checked(self, observations: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        checked = {}
-        for key in self.spec.observations:
-            if key.key not in observations:
-                raise UserError(f"The observation lacks '{key.key}'; found {sorted(observations)}.")
-            value = np.asarray(observations[key.key], dtype=np.uint8 if key.role == "image" else np.float32)
-            wanted = (self.spec.n_obs_steps, *key.shape)
-            if value.shape[1:] != wanted:
-                raise UserError(f"{key.key}: found shape {value.shape}, wanted (batch, {', '.join(map(str, wanted))}).")
-            checked[key.key] = value
+    def _checked(self, observations: Mapping[str, Any]) -> dict[str, Any]:
+        steps = self.spec.n_obs_steps
+        checked = {k.key: _array(k.key, k, (steps, *k.shape), observations) for k in self.spec.observations}
+        rows = len(next(iter(checked.values())))
+        for key in self.spec.goals:
+            name = GOAL + key.key
+            given = observations
+            if name not in observations and key.key in self.goal:
+                given = {name: np.repeat(np.asarray(self.goal[key.key])[None], rows, axis=0)}
+            checked[name] = _array(name, key, key.shape, given)
+        if self.spec.tasks:
+            texts = observations.get(INSTRUCTION, [self.instruction] * rows)
+            checked[TASK] = np.array([self._task_index(text) for text in texts], dtype=np.int64)
         return checked
+
+    def _task_index(self, instruction: str | None) -> int:
+        known = [task.instruction for task in self.spec.tasks]
+        if instruction is None:
+            raise UserError(f"This policy needs an instruction, one of: {', '.join(map(repr, known))}.")
+        if instruction not in known:
+            raise UserError(f"The policy was not trained for '{instruction}'.{did_you_mean(instruction, known)}")
+        return known.index(instruction)
+
+
+def _array(name: str, key: KeySpec, wanted: tuple[int, ...], observations: Mapping[str, Any]) -> np.ndarray:
+    if name not in observations:
+        raise UserError(f"The observation lacks '{name}'; found {sorted(observations)}.")
+    value = np.asarray(observations[name], dtype=np.uint8 if key.role == "image" else np.float32)
+    if value.shape[1:] != wanted:
+        raise UserError(f"{name}: found shape {value.shape}, wanted (batch, {', '.join(map(str, wanted))}).")
+    return value

@@ -139,7 +139,7 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> tuple[Policy,
     path = Path(path)
     manifest = read_manifest(path)
     spec = PolicySpec.from_dict(manifest["spec"], f"{path / 'bundle.yaml'}: spec")
-    parts = {k.key: AffineNormalizer(k.dim) for k in (*spec.states, spec.action)}
+    parts = {k.key: AffineNormalizer(k.dim, spec.domains) for k in (*spec.states, spec.action)}
     architecture = manifest["architecture"]
     policy = build_policy(
         architecture.get("name", ""),

@@ -7,8 +7,10 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-from robopolicy.diffusion.ddpm import SAMPLERS, DdpmConfig, DdpmProcess, SamplerConfig
-from robopolicy.diffusion.sampling import sample_chunks
+from robopolicy.diffusion.ddpm import SAMPLERS, DdpmConfig, DdpmProcess
+from robopolicy.diffusion.process import SamplerConfig
+from robopolicy.diffusion.sampling import draw_noise
+from robopolicy.diffusion.sampling import sample_chunks as walk
 from robopolicy.errors import UserError
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -30,6 +32,16 @@ def gaussian_denoiser(process, mean, std):
         return process.target(clean, noise, t)
 
     return denoise
+
+
+def sample_chunks(process, sampler, denoise, shape, bounds, generators, device):
+    solver = process.solver(sampler)
+
+    def estimate(x, i):
+        t = solver.levels[i].expand(len(x))
+        return process.clean_estimate(denoise(x, t), x, t)
+
+    return walk(solver, estimate, draw_noise(shape, generators, device), bounds, generators)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

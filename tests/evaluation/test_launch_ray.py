@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from robopolicy.data.normalize import Normalizer, fit_normalizer
-from robopolicy.diffusion.ddpm import SamplerConfig
+from robopolicy.diffusion.process import SamplerConfig
 from robopolicy.errors import UserError
 from robopolicy.evaluation import pusht
 from robopolicy.evaluation.environments import PUSHT, absolute_files

@@ -6,6 +6,7 @@ import torch
 from robopolicy.data.augment import AugmentConfig
 from robopolicy.errors import UserError
 from robopolicy.nets.images import ResNetKeypointEncoder, SpatialSoftmax
+from robopolicy.nets.language import LanguageConfig
 from robopolicy.nets.observation import ImageEncoderConfig, ObservationEncoder, angle_features
 from robopolicy.spec import KeySpec, PolicySpec
 
@@ -48,16 +49,18 @@ def test_images_without_room_for_keypoints_are_refused():
 @pytest.mark.parametrize("shared", [False, True])
 def test_several_cameras_share_or_own_their_encoder(shared):
     spec = PolicySpec((STATE, TOP, WRIST), ACTION, 10)
-    encoder = ObservationEncoder(spec, ImageEncoderConfig(feature_dim=8, shared=shared), AugmentConfig(crop=0.75))
+    encoder = ObservationEncoder(
+        spec, ImageEncoderConfig(feature_dim=8, shared=shared), AugmentConfig(crop=0.75), LanguageConfig()
+    )
     assert len(encoder.image_encoders) == (1 if shared else 2)
     batch = {
         STATE.key: torch.rand(4, 2, 3),
         TOP.key: torch.randint(0, 256, (4, 2, 64, 64, 3), dtype=torch.uint8),
         WRIST.key: torch.randint(0, 256, (4, 2, 64, 64, 3), dtype=torch.uint8),
     }
-    features = encoder(batch)
-    assert features.shape == (4, encoder.feature_dim) == (4, 2 * (4 + 8 + 8))
-    swapped = encoder(batch | {TOP.key: batch[WRIST.key], WRIST.key: batch[TOP.key]})
-    a, b = features[:, 8:24], features[:, 24:]
-    assert torch.allclose(swapped[:, 8:24], b, atol=1e-5) == shared
+    features = encoder(batch).flat()
+    assert features.shape == (4, encoder.size.flat) == (4, 2 * (4 + 8 + 8))
+    swapped = encoder(batch | {TOP.key: batch[WRIST.key], WRIST.key: batch[TOP.key]}).flat()
+    wrist = features.view(4, 2, -1)[..., 12:]
+    assert torch.allclose(swapped.view(4, 2, -1)[..., 4:12], wrist, atol=1e-5) == shared
     assert not torch.allclose(a, b, atol=1e-3)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import robopolicy
-from robopolicy.diffusion.ddpm import SamplerConfig
+from robopolicy.diffusion.process import SamplerConfig
 from robopolicy.errors import UserError, require_extra
 from robopolicy.evaluation.environments import FILE_OPTIONS, Environment, absolute_files, environment
 from robopolicy.evaluation.episode import EpisodeResult

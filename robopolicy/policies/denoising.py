@@ -1,0 +1,213 @@
+"""What every denoising family shares: noise a chunk, regress the target, walk back from noise to a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robopolicy.data.augment import AugmentConfig, draw_augmentation
+from robopolicy.data.normalize import Normalizer
+from robopolicy.diffusion.ddpm import DdpmConfig
+from robopolicy.diffusion.process import SamplerConfig
+from robopolicy.diffusion.processes import ProcessConfig, build_process
+from robopolicy.diffusion.sampling import Generators, draw_noise, sample_chunks
+from robopolicy.errors import UserError
+from robopolicy.nets.context import Context
+from robopolicy.nets.denoiser import Conditioning, Denoiser
+from robopolicy.nets.language import LanguageConfig
+from robopolicy.nets.observation import ImageEncoderConfig, ObservationEncoder
+from robopolicy.policies.base import Draws, ExportGraph, Policy
+from robopolicy.spec import GOAL, TASK, PolicySpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingConfig:
+    """What all families can be told.
+
+    Attributes:
+        process: the noise process.
+        sampler: how chunks are sampled; can be changed after training.
+        images: the image encoder.
+        language: how instructions become vectors, for multi-task policies.
+        augmentation: image augmentation; its crop applies at inference too.
+        goal_dropout: share of the training samples that are not told goal and instruction, each sample as a whole;
+            above 0 for classifier-free guidance.
+    """
+
+    process: ProcessConfig = field(default_factory=DdpmConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    images: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
+    goal_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.goal_dropout < 1:
+            raise UserError(f"goal_dropout={self.goal_dropout} must lie at 0 or above and below 1.")
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A training batch at its noise levels, as the network sees it.
+
+    Attributes:
+        x: (B, H, A) network input.
+        level: (B,) network level.
+        cond: the conditioning, B rows.
+        target: (B, H, A) what to predict.
+    """
+
+    x: Tensor
+    level: Tensor
+    cond: Conditioning
+    target: Tensor
+
+
+class DenoisingPolicy(Policy):
+    """A policy that denoises action chunks; a family sets `denoiser`.
+
+    Args:
+        config: architecture.
+        spec: keys and horizons.
+        normalizer: fitted normalisers of the states and the action.
+    """
+
+    denoiser: Denoiser
+
+    def __init__(self, config: Any, spec: PolicySpec, normalizer: Normalizer) -> None:
+        super().__init__(spec, normalizer)
+        self.config = config
+        self.process = build_process(config.process)
+        self.sampler: SamplerConfig = config.sampler
+        self.augmentation: AugmentConfig = config.augmentation
+        self.encoder = ObservationEncoder(spec, config.images, config.augmentation, config.language)
+
+    @property
+    def asked(self) -> bool:
+        """The policy is told goals or instructions."""
+        return bool(self.spec.goals or self.spec.tasks)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
+        shape = (batch_size, self.spec.horizon, self.spec.action.dim)
+        draws = {
+            "noise": torch.randn(shape, generator=generator),
+            "t": self.process.draw_levels(batch_size, generator),
+        }
+        if self.spec.images:
+            draws["augmentation"] = draw_augmentation(batch_size, generator)
+        if self.asked:
+            draws["told"] = torch.rand(batch_size, generator=generator) >= self.config.goal_dropout
+        return draws
+
+    def noised(self, batch: Mapping[str, Tensor], draws: Draws) -> Noised:
+        """Normalise, encode and noise a batch of windows in physical units."""
+        clean = self.normalizer[self.spec.action.key].normalize(batch[self.spec.action.key], self.domain(batch))
+        context = self.encoder(self.normalized(batch), draws.get("augmentation"), draws.get("told"))
+        t, noise = draws["t"], draws["noise"]
+        return Noised(
+            self.process.network_input(self.process.add_noise(clean, noise, t), t),
+            self.process.network_level(t),
+            self.denoiser.condition(context),
+            self.process.target(clean, noise, t),
+        )
+
+    def loss(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        seen = self.noised(batch, draws)
+        prediction = self.denoiser(seen.x, self.denoiser.embed(seen.level), seen.cond)
+        return nn.functional.mse_loss(prediction.float(), seen.target)
+
+    def check_sampler(self, sampler: SamplerConfig) -> None:
+        self.process.solver(sampler)
+        if sampler.guidance != 1 and not self.asked:
+            raise UserError(f"sampler.guidance={sampler.guidance:g} needs a policy with goals or instructions.")
+        if sampler.guidance != 1 and self.config.goal_dropout == 0:
+            raise UserError(
+                f"sampler.guidance={sampler.guidance:g} needs a policy that was trained with goal_dropout above 0; "
+                "this one never saw a missing goal."
+            )
+
+    @property
+    def network_calls(self) -> int:
+        return len(self.process.solver(self.sampler))
+
+    def encode(self, observations: Mapping[str, Tensor]) -> Tensor:
+        rows = len(observations[self.spec.observations[0].key])
+        domain = torch.zeros(rows, dtype=torch.long, device=self.device)
+        history = self.normalized_history(observations, domain if self.spec.domains > 1 else None)
+        return self.encoder.observed(history).flatten(1)
+
+    def sample(self, observations: Mapping[str, Tensor], generators: Generators) -> Tensor:
+        action, domain = self.normalizer[self.spec.action.key], self.domain(observations)
+        context = self.encoder(self.normalized(observations))
+        bounds = action.bounds(domain)
+        shape = (len(context.steps), self.spec.horizon, self.spec.action.dim)
+        return action.unnormalize(self.sample_normalized(context, shape, bounds, generators), domain)
+
+    def sample_normalized(
+        self, context: Context, shape: tuple[int, int, int], bounds: tuple[Tensor, Tensor], generators: Generators
+    ) -> Tensor:
+        """Sample chunks (B, H, A) = ``shape`` that the networks see, from an encoded context."""
+        solver = self.process.solver(self.sampler)
+        guidance = self.sampler.guidance
+        if guidance != 1:  # both branches are rows of one batch
+            context = context.followed_by(self.encoder.untold(context))
+        cond = self.denoiser.condition(context)
+        levels = solver.levels.to(self.device)
+        noises = self.denoiser.at_levels(self.process.network_level(levels))
+
+        def estimate(x: Tensor, i: int) -> Tensor:
+            if guidance == 1:
+                return self.clean(x, levels[i : i + 1], noises[i], cond)
+            told, untold = self.clean(torch.cat([x, x]), levels[i : i + 1], noises[i], cond).chunk(2)
+            return untold + guidance * (told - untold)
+
+        start = draw_noise(shape, generators, self.device) * self.process.largest_noise
+        return sample_chunks(solver, estimate, start, bounds, generators)
+
+    def clean(self, x: Tensor, t: Tensor, noise: Any, cond: Conditioning) -> Tensor:
+        """The clean-sample estimate at x (B, H, A) and one level t (1,) for all rows."""
+        prediction = self.denoiser(self.process.network_input(x, t), noise, cond)
+        return self.process.clean_estimate(prediction.float(), x, t)
+
+    def export_graphs(self, observations: Mapping[str, Tensor]) -> dict[str, ExportGraph]:
+        keys = [k.key for k in self.spec.observations] + [GOAL + k.key for k in self.spec.goals]
+        keys += [TASK] if self.spec.tasks else []
+        inputs = tuple(observations[key] for key in keys)
+        encoder = _EncoderGraph(self, keys)
+        cond = encoder(*inputs)
+        x = torch.zeros(len(inputs[0]), self.spec.horizon, self.spec.action.dim, device=self.device)
+        t = self.process.solver(self.sampler).levels[:1].to(self.device)
+        return {
+            "encoder": ExportGraph(encoder, inputs, tuple(keys)),
+            "denoiser": ExportGraph(
+                _DenoiserGraph(self), (x, t, *cond), ("x", "t", *(f"cond_{i}" for i in range(len(cond))))
+            ),
+        }
+
+
+class _EncoderGraph(nn.Module):
+    """Observations in physical units to the conditioning of a chunk."""
+
+    def __init__(self, policy: DenoisingPolicy, keys: list[str]) -> None:
+        super().__init__()
+        self.policy, self.keys = policy, keys
+
+    def forward(self, *inputs: Tensor) -> Conditioning:
+        observations = dict(zip(self.keys, inputs, strict=True))
+        return self.policy.denoiser.condition(self.policy.encoder(self.policy.normalized(observations)))
+
+
+class _DenoiserGraph(nn.Module):
+    """x (B, H, A), its level t (1,) and the conditioning to the clean-sample estimate (B, H, A)."""
+
+    def __init__(self, policy: DenoisingPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+        noise = self.policy.denoiser.embed(self.policy.process.network_level(t))
+        return self.policy.clean(x, t, noise, cond)
