@@ -33,6 +33,10 @@ class Denoiser(nn.Module, ABC):
         """For sampling: what `forward` takes as ``noise`` at each of the levels (N,), valid for all rows of a batch."""
         return self.embed(level).split(1)
 
+    def active_parameters(self) -> int:
+        """Parameters that one call reads; fewer than there are where experts are chosen."""
+        return sum(p.numel() for p in self.parameters())
+
     @abstractmethod
     def forward(self, x: Tensor, noise: Any, cond: Conditioning) -> Tensor:
         """Predict the target.

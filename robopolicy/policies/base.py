@@ -47,6 +47,8 @@ class Policy(nn.Module, ABC):
         sampler: how chunks are sampled; may be replaced after training.
         instruction: what `act` does where observations bring no instruction; for policies with tasks.
         goal: values of the spec's goals, by key without prefix, that `act` pursues where observations bring none.
+        training_progress: share of the training run that is done, in [0, 1]; the loop sets it before every `draw`.
+        task_offset: index of the training data's first task among the spec's; above 0 where tasks are added.
     """
 
     config: Any
@@ -59,6 +61,8 @@ class Policy(nn.Module, ABC):
         self.spec = spec
         self.normalizer = normalizer
         self.instruction: str | None = None
+        self.training_progress = 0.0
+        self.task_offset = 0
         self.goal: Mapping[str, np.ndarray] = {}
         domains = torch.tensor([task.domain for task in spec.tasks], dtype=torch.long)
         self.register_buffer("_domains", domains, persistent=False)

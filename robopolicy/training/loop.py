@@ -26,6 +26,7 @@ from robopolicy.errors import UserError
 from robopolicy.policies.base import Policy
 from robopolicy.policies.bundle import save_bundle
 from robopolicy.policies.registry import build_policy
+from robopolicy.spec import TASK
 from robopolicy.training.best import BestBundles
 from robopolicy.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, write_whole
 from robopolicy.training.config import DataConfig, TrainConfig
@@ -37,6 +38,8 @@ from robopolicy.training.step import LossModule, build_optimizer, learning_rate,
 
 log = logging.getLogger(__name__)
 
+Build = Callable[[TrainingData], Policy]
+"""Makes the policy to train, e.g. from a bundle, where it is not a fresh one of `RunConfig.policy`."""
 Evaluate = Callable[[Policy, int], Mapping[str, float]]
 """Judges the averaged policy at a step; returns metrics, among them ``eval/score``."""
 
@@ -63,7 +66,9 @@ class RunConfig:
 class Run:
     """The state of a training run: the policy, its averaged copy, the optimiser and the step."""
 
-    def __init__(self, config: RunConfig, plain: Mapping[str, Any], processes: Processes) -> None:
+    def __init__(
+        self, config: RunConfig, plain: Mapping[str, Any], processes: Processes, build: Build | None = None
+    ) -> None:
         self.config, self.plain, self.processes = config, plain, processes
         self.out = Path(config.out)
         train = config.train
@@ -74,9 +79,7 @@ class Run:
             )
         torch.manual_seed(train.seed)
         self.data: TrainingData = prepare_data(config.task, config.data, train, processes)
-        self.policy = build_policy(
-            config.policy["name"], config.policy["config"], self.data.spec, self.data.normalizer, "policy.config"
-        ).to(processes.device)
+        self.policy = (build or self._fresh)(self.data).to(processes.device)
         self.policy.check_sampler(self.policy.sampler)
         self.averaged = copy.deepcopy(self.policy).eval()
         self.ema = EMAModel(
@@ -90,6 +93,10 @@ class Run:
         self.step = 0
         self.loss_module = self._wrapped()
 
+    def _fresh(self, data: TrainingData) -> Policy:
+        name, config = self.config.policy["name"], self.config.policy["config"]
+        return build_policy(name, config, data.spec, data.normalizer, "policy.config")
+
     def _wrapped(self) -> nn.Module:
         module: nn.Module = LossModule(self.policy)
         if self.config.train.compile:
@@ -99,6 +106,7 @@ class Run:
     def draws(self, step: int) -> dict[str, Tensor]:
         """This process's rows of the randomness of one global batch."""
         batch_size = self.config.train.batch_size
+        self.policy.training_progress = step / self.config.train.steps
         drawn = self.policy.draw(batch_size, step_generator(self.config.train.seed, step))
         return {name: value[self.processes.rows(batch_size)] for name, value in drawn.items()}
 
@@ -108,7 +116,7 @@ class Run:
         loss, norm = train_step(
             self.loss_module,
             self.optimizer,
-            _to(batch, device),
+            _to(_own_tasks(batch, self.policy), device),
             _to(self.draws(self.step), device),
             lr=learning_rate(train.optim, self.step, train.steps),
             clip_norm=train.optim.clip_norm,
@@ -122,6 +130,8 @@ class Run:
     def averaged_policy(self) -> Policy:
         """The policy with the averaged weights of this moment."""
         self.ema.copy_to(self.averaged.parameters())
+        for averaged, buffer in zip(self.averaged.buffers(), self.policy.buffers(), strict=True):
+            averaged.copy_(buffer)
         return self.averaged
 
     def save(self, best: BestBundles) -> None:
@@ -182,7 +192,13 @@ class Run:
         return save_bundle(self.averaged_policy(), path, task=task, provenance=self.provenance(metrics))
 
 
-def train(config: RunConfig, plain: Mapping[str, Any], evaluate: Evaluate | None = None, resume: bool = False) -> Path:
+def train(
+    config: RunConfig,
+    plain: Mapping[str, Any],
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    build: Build | None = None,
+) -> Path:
     """Train a policy.
 
     Args:
@@ -190,6 +206,7 @@ def train(config: RunConfig, plain: Mapping[str, Any], evaluate: Evaluate | None
         plain: the same as plain values, kept in the bundle.
         evaluate: called every ``train.evaluate_every`` steps.
         resume: continue from the run's last checkpoint.
+        build: makes the policy; None: a fresh one of ``config.policy``.
 
     Returns:
         The bundle of the last step.
@@ -201,7 +218,7 @@ def train(config: RunConfig, plain: Mapping[str, Any], evaluate: Evaluate | None
     config = replace(config, data=replace(config.data, memory_budget_mb=budget))
     # kept in the run's folder: the order of streamed windows depends on it
     plain = {**plain, "data": {**plain["data"], "memory_budget_mb": budget}}
-    run = Run(config, plain, processes)
+    run = Run(config, plain, processes, build)
     best = BestBundles(run.out / "bundles", config.train.keep_best)
     bundle = run.out / "bundles" / "last"
     if resume and has_checkpoint(run.out / "checkpoints"):
@@ -291,7 +308,7 @@ def validate(policy: Policy, windows: WindowLoader, config: TrainConfig) -> dict
     generator = step_generator(config.seed, 2**31)
     for batch in windows.batches():
         size = min(len(batch[policy.spec.action.key]), config.validation_windows - rows)
-        on_device = _to({k: v[:size] for k, v in batch.items()}, policy.device)
+        on_device = _to(_own_tasks({k: v[:size] for k, v in batch.items()}, policy), policy.device)
         draws = policy.draw(size, generator)
         draws.pop("augmentation", None)  # as at inference: centre crop
         loss_sum += policy.loss(on_device, _to(draws, policy.device)).item() * size
@@ -310,6 +327,11 @@ def _lr(run: Run) -> float:
 
 def _to(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {k: v.to(device, non_blocking=True) for k, v in values.items()}
+
+
+def _own_tasks(batch: Mapping[str, Tensor], policy: Policy) -> dict[str, Tensor]:
+    """The batch with the data's task numbers turned into the policy's."""
+    return {k: v + policy.task_offset if k == TASK else v for k, v in batch.items()}
 
 
 def _commit() -> str:
