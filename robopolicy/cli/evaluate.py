@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from robopolicy.evaluation.results import EvaluationResult, Metric
     from robopolicy.evaluation.statistics import Interval
     from robopolicy.evaluation.suite_results import SuiteResult
+    from robopolicy.evaluation.tasks import TaskPlace, TasksResult
+    from robopolicy.policies.base import Policy
 
 HELP = """\
 Judge a policy in simulation: every number comes with its definition, n and a 95 % interval.
@@ -23,11 +26,17 @@ Judge a policy in simulation: every number comes with its definition, n and a 95
   robopolicy eval bundle=… workers=2 videos=16
   robopolicy eval bundle=… environment_options='{variation: {lighting: darker}}'
   robopolicy eval bundle=… suite=variant_aggregation out=results/variants
+  robopolicy eval bundle=… environment=drawer_open instruction='open the left drawer'
+  robopolicy eval bundle=… goal=demos.zarr#7@120
 
 The folder `out` gets report.html (self-contained, with videos), summary.json, episodes.jsonl, protocol.json. Episode i
 starts from seed first_seed + i and draws its noise from that seed: the same command gives the same episodes, so that
 two policies can be compared pair by pair (robopolicy compare). A suite plays the same seeds in many settings, each
 into a folder of its own; the same command goes on with an interrupted one.
+
+A multi-task policy does what its environment asks for, or the instruction; one that was trained for several
+environments is judged in each, unless one is named. A goal-conditioned policy pursues the goal: a step of an episode
+of a dataset, both counted from 0, by default the last step.
 """
 
 
@@ -69,6 +78,8 @@ class Settings:
     environment: str | None = None
     environment_options: dict[str, Any] | None = None
     suite: str | None = None
+    instruction: str | None = None
+    goal: str | None = None
     out: str | None = None
     sampler: Sampler = field(default_factory=Sampler)
 
@@ -76,11 +87,11 @@ class Settings:
 def run(args: argparse.Namespace) -> int:
     from robopolicy.configuration import dataclass_from
 
-    settings = dataclass_from(Settings, compose_config("eval", args.overrides), "")
-    from robopolicy.evaluation.environments import absolute_files, environment
+    settings = dataclass_from(Settings, composed(args.overrides), "")
     from robopolicy.evaluation.evaluate import evaluate, evaluate_suite
     from robopolicy.evaluation.launch.launcher import player
     from robopolicy.evaluation.suite import load_suite
+    from robopolicy.evaluation.tasks import evaluate_tasks
     from robopolicy.policies.bundle import bundle_fingerprint, load_bundle
     from robopolicy.training.distributed import join_processes
     from robopolicy.training.metrics import curve
@@ -89,17 +100,16 @@ def run(args: argparse.Namespace) -> int:
     policy, manifest = load_bundle(path, join_processes(settings.device).device)
     policy.sampler = replace(policy.sampler, **{k: v for k, v in asdict(settings.sampler).items() if v is not None})
     policy.check_sampler(policy.sampler)  # before any episode
-    task = manifest["task"]
-    name = settings.environment or task.get("environment")
-    if not name:
-        raise UserError(f"{path} was trained for a task without an environment; name one with environment=…")
-    # Another environment than the task's has other options.
-    usual = {} if settings.environment else task.get("environment_options") or {}
-    options = usual if settings.environment_options is None else settings.environment_options
-    options = absolute_files(options, Path.cwd())
+    places = judged_in(settings, manifest["task"])
+    goal = set_goal(policy, settings.goal)
+    place = places[0] if len(places) == 1 else None
+    if place and place.instruction:
+        policy.check_instruction(place.instruction)
+        policy.instruction = place.instruction
     run_folder = path.parent.parent if path.parent.name == "bundles" else path.parent
-    suite = load_suite(suite_path(settings.suite), options) if settings.suite else None
-    parts = [path.name, name.rpartition("/")[-1], *([suite.name] if suite else []), str(settings.episodes)]
+    suite = load_suite(suite_path(settings.suite), place.environment_options) if settings.suite and place else None
+    where = place.environment.rpartition("/")[-1] if place else "tasks"
+    parts = [path.name, where, *([suite.name] if suite else []), str(settings.episodes)]
     out = Path(settings.out or run_folder / "eval" / "-".join(parts))
     launch = {key: getattr(settings, key) for key in ("shard_size", "threads", "ray_address", "ray_gpus")}
     batches = {key: getattr(settings, key) for key in ("batch_size", "shard_size", "threads")}
@@ -108,17 +118,88 @@ def run(args: argparse.Namespace) -> int:
             "fingerprint": bundle_fingerprint(manifest),
             "sampler": asdict(policy.sampler),
             "batches": batches,  # they decide the last digits
+            **({"goal": goal} if goal else {}),
         },
         "player": player(settings.launcher, **launch),
         **{key: getattr(settings, key) for key in ("episodes", "first_seed", "batch_size", "workers", "videos")},
     }
+    if place is None:
+        _print_tasks(evaluate_tasks(policy, places, out, **common))
+        print(f"results: {out}")
+        return 0
     if suite:
-        _print_suite(evaluate_suite(policy, name, suite, out, **common))
+        _print_suite(evaluate_suite(policy, place.environment, suite, out, **common))
     else:
         loss = curve(run_folder / "metrics.jsonl", "train/loss") or None
-        _print_metrics(evaluate(policy, environment(name, options), out=out, training_curve=loss, **common))
+        _print_metrics(evaluate(policy, place.world(), out=out, training_curve=loss, **common))
     print(f"report: {out / 'report.html'}")
     return 0
+
+
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration; instruction and goal are plain text, whose commas and signs Hydra would read as its own."""
+    texts = {}
+    for override in overrides:
+        key, given, text = override.partition("=")
+        if given and key in ("instruction", "goal"):
+            quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+            texts[key] = text[1:-1] if quoted else None if text in ("", "null") else text
+    others = [override for override in overrides if override.partition("=")[0] not in texts]
+    return compose_config("eval", others) | texts
+
+
+def judged_in(settings: Settings, task: Mapping[str, Any]) -> list[TaskPlace]:
+    """The environments to judge the policy in, and what it is asked to do there.
+
+    Args:
+        task: the bundle's.
+
+    Raises:
+        UserError: the bundle names no environment, or several where the settings want one.
+    """
+    from robopolicy.evaluation.environments import absolute_files
+    from robopolicy.evaluation.tasks import TaskPlace, task_places
+
+    instruction, options = settings.instruction or "", settings.environment_options
+    # another environment than the task's has other options
+    places = [TaskPlace(settings.environment)] if settings.environment else task_places(task)
+    if not places:
+        raise UserError(f"{settings.bundle} was trained for a task without an environment; name one with environment=…")
+    if instruction and len(places) > 1:
+        known = [place.instruction for place in places]
+        places = [place for place in places if place.instruction == instruction]
+        if not places:
+            raise UserError(
+                f"The policy was trained for several environments, none with the instruction '{instruction}'; name "
+                f"one with environment=….{did_you_mean(instruction, filter(None, known))}"
+            )
+    for key in ("suite", "environment_options", "goal"):
+        if len(places) > 1 and getattr(settings, key):
+            names = ", ".join(dict.fromkeys(place.environment for place in places))
+            raise UserError(f"{key}=… is for one environment, the policy was trained for {names}; name one of them.")
+    if len(places) == 1:
+        (place,) = places
+        usual = place.environment_options
+        places = [TaskPlace(place.environment, usual if options is None else options, instruction or place.instruction)]
+    return [replace(p, environment_options=absolute_files(p.environment_options, Path.cwd())) for p in places]
+
+
+def set_goal(policy: Policy, place: str | None) -> str:
+    """Give a goal-conditioned policy its goal; returns its description, empty where there is none.
+
+    Raises:
+        UserError: the policy takes a goal and ``place`` is None, or the other way round; or see `load_goal`.
+    """
+    from robopolicy.evaluation.goal import SYNTAX, load_goal
+
+    if place is None:
+        if policy.spec.goals:
+            keys = ", ".join(key.key for key in policy.spec.goals)
+            raise UserError(f"This policy pursues a goal ({keys}); give one: {SYNTAX}.")
+        return ""
+    goal = load_goal(place, policy.spec.goals)
+    policy.goal = goal.values
+    return goal.description
 
 
 def suite_path(name: str) -> Path:
@@ -139,6 +220,15 @@ def _print_metrics(result: EvaluationResult) -> None:
     for metric in result.metrics:
         interval = f"[{metric.low:.3f}, {metric.high:.3f}]"
         print(f"{metric.label:<18} {metric.value:8.3f}  95 % {interval}  n={metric.n}  {metric.definition}")
+
+
+def _print_tasks(result: TasksResult) -> None:
+    rows = {name: found.metric("success_rate") for name, found in result.results.items()} | {"mean": result.mean}
+    width = max(map(len, (*rows, "success rate")))
+    print(f"{'success rate':<{width}} {'value':>7}  {'95 %':<16}")
+    for name, rate in rows.items():
+        note = result.results[name].protocol.task["environment"] if name in result.results else rate.definition
+        print(f"{name:<{width}} {_interval(rate)} n={rate.n}  {note}")
 
 
 def _print_suite(result: SuiteResult) -> None:

@@ -25,6 +25,7 @@ Train a policy on a dataset.
   robopolicy train task=pusht_image data.path=… train.batch_size=32 train.precision=bf16
   robopolicy train -m train.seed=1,2,3 task=pusht_state data.path=…                           a sweep
   robopolicy train --resume runs/pusht_state/diffusion_unet-seed42                            go on after a crash
+  robopolicy train task=arm_state task.name=both 'data.mixture=[{path: a.zarr}, {path: b.zarr, weight: 2}]'
   torchrun --nproc-per-node 2 -m robopolicy.cli.main train task=… data.path=…                 several GPUs
 
 Groups: task=…, policy=…, train=… choose a file of the configuration tree; anything in it can be overridden with
@@ -114,29 +115,45 @@ class Evaluation:
 
 
 def evaluation_of(config: RunConfig, plain: Mapping[str, Any]) -> Evaluate:
-    """What judges the policy during training.
+    """What judges the policy during training, in the environment of each task.
+
+    Its metrics are ``eval/score`` and ``eval/success_rate``, means over the environments; where there are several,
+    also ``eval/<task>/success_rate``.
 
     Raises:
-        UserError: the task names no environment, none that exists, or one that does not fit the dataset.
+        UserError: the task names no environment, none that exists, or one that does not fit the dataset; or it has
+            goals.
     """
     from robopolicy.configuration import dataclass_from
-    from robopolicy.evaluation.environments import environment
     from robopolicy.evaluation.evaluate import evaluate
-    from robopolicy.training.dataset import open_dataset, task_environment, task_spec
+    from robopolicy.evaluation.tasks import TaskPlace, task_names
+    from robopolicy.training.dataset import open_datasets, task_environments, task_spec
 
     settings = dataclass_from(Evaluation, plain["evaluation"], "evaluation")
-    store = open_dataset(config.task, config.data)
-    name, options = task_environment(config.task, store)
-    if not name:
+    stores = open_datasets(config.task, config.data)
+    places = [TaskPlace(**asdict(found)) for found in task_environments(config.task, config.data, stores)]
+    if not places:
         raise UserError("train.evaluate_every needs a task with an environment; set train.evaluate_every=0.")
-    world = environment(name, options)
-    world.check(task_spec(config.task, store))
+    spec = task_spec(config.task, stores)
+    if spec.goals:
+        raise UserError(
+            "train.evaluate_every: no environment gives a goal. Set train.evaluate_every=0 and judge the bundle with "
+            "robopolicy eval."
+        )
+    worlds = [place.world() for place in places]
+    for world in worlds:
+        world.check(spec)
 
     def judge(policy: Policy, step: int) -> dict[str, float]:
-        result = evaluate(policy, world, videos=0, **asdict(settings))
-        return {
-            "eval/score": result.metric("mean_score").value,
-            "eval/success_rate": result.metric("success_rate").value,
-        }
+        found: dict[str, tuple[float, float]] = {}
+        for name, place, world in zip(task_names(places), places, worlds, strict=True):
+            policy.instruction = place.instruction or None
+            result = evaluate(policy, world, videos=0, **asdict(settings))
+            found[name] = result.metric("mean_score").value, result.metric("success_rate").value
+        policy.instruction = None
+        scores, rates = zip(*found.values(), strict=True)
+        means = {"eval/score": sum(scores) / len(scores), "eval/success_rate": sum(rates) / len(rates)}
+        each = {f"eval/{name}/success_rate": rate for name, (_, rate) in found.items()}
+        return means | (each if len(each) > 1 else {})
 
     return judge

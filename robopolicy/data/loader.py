@@ -3,6 +3,7 @@
 Vectors always live in memory as one array, and a batch of them is one gather. Images do too when they fit the memory
 budget; otherwise they are streamed from disk (see `robopolicy.data.stream`). The n-th batch is a function of the seed
 and of n alone, so that training can resume at any step and several processes can share one global batch.
+`robopolicy.data.mixture` draws batches from several datasets.
 """
 
 from __future__ import annotations
@@ -10,24 +11,34 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Protocol
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from robopolicy.data.goals import draw_chances, goal_steps
 from robopolicy.data.images import load_images
 from robopolicy.data.schema import ArraySpec
 from robopolicy.data.store import EpisodeStore
 from robopolicy.data.stream import ImageStream
-from robopolicy.data.windows import build_windows
-from robopolicy.errors import UserError
-from robopolicy.spec import KeySpec, PolicySpec, check_keys
+from robopolicy.data.windows import WindowTable, build_windows
+from robopolicy.errors import UserError, did_you_mean
+from robopolicy.spec import GOAL, TASK, KeySpec, PolicySpec, check_keys
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+
+
+class HeldOut(Protocol):
+    """What validation draws batches from."""
+
+    def batches(self) -> Iterator[Batch]:
+        """One pass over the held-out windows, see `WindowLoader.batches`."""
 
 
 class WindowLoader:
@@ -35,10 +46,12 @@ class WindowLoader:
 
     Args:
         store: the dataset.
-        spec: keys and horizons; `build_windows` says which windows exist.
+        spec: keys and horizons; `build_windows` says which windows exist. Where it has goals, each window gets a later
+            step of its episode as its goal (see `robopolicy.data.goals`); where it has tasks, the index of its task.
         batch_size: windows of one global batch, over all processes.
         episodes: boolean mask (E,) of the episodes to use; None means all.
-        seed: seed of the order.
+        instructions: instruction of each episode, E texts, to look up among the spec's tasks; None takes the dataset's.
+        seed: seed of the order and of the goals.
         shuffle: False walks through the windows in order, once (validation).
         memory_budget: bytes that image data may take in memory; None means half of what is free now. The order of
             streamed windows depends on it: give it to get the same order on another day.
@@ -46,7 +59,8 @@ class WindowLoader:
         world: number of processes.
 
     Raises:
-        UserError: the dataset lacks a key or has another shape, or the batch cannot be divided by ``world``.
+        UserError: the dataset lacks a key or has another shape, an episode's instruction is none of the spec's tasks,
+            images are goals and do not fit in memory, or the batch cannot be divided by ``world``.
     """
 
     def __init__(
@@ -56,6 +70,7 @@ class WindowLoader:
         *,
         batch_size: int,
         episodes: np.ndarray | None = None,
+        instructions: Sequence[str] | None = None,
         seed: int = 0,
         shuffle: bool = True,
         memory_budget: int | None = None,
@@ -73,7 +88,9 @@ class WindowLoader:
         self.spec = spec
         self._store = store
         self.batch_size = batch_size
-        self.windows = build_windows(store.episode_ends, spec.horizon, spec.pad_before, spec.pad_after, episodes)
+        self._instructions = store.tasks if instructions is None else instructions
+        self._tasks = _task_indices(self._instructions, spec)
+        self.windows = self._table(episodes)
         self._seed, self._shuffle = seed, shuffle
         self._part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._vectors, self._columns = _stack_vectors(store, spec)
@@ -82,15 +99,34 @@ class WindowLoader:
         if spec.images:
             self._open_images(store, memory_budget)
 
+    def _table(self, episodes: np.ndarray | None) -> WindowTable:
+        spec = self.spec
+        table = build_windows(self._store.episode_ends, spec.horizon, spec.pad_before, spec.pad_after, episodes)
+        strangers = table.episode[self._tasks[table.episode] < 0] if spec.tasks else table.episode[:0]
+        if len(strangers):
+            text = self._instructions[strangers[0]]
+            raise UserError(
+                f"{self._store.path}: the instruction of episode {strangers[0]}, '{text}', is none of the policy's "
+                f"tasks.{did_you_mean(text, [task.instruction for task in spec.tasks])}"
+            )
+        return table
+
     def _open_images(self, store: EpisodeStore, memory_budget: int | None) -> None:
         self._budget = budget = free_memory_mb() * 2**20 if memory_budget is None else memory_budget
-        needed = store.n_steps * sum(int(np.prod(k.shape)) for k in self.spec.images)
+        needed = image_bytes(store, self.spec)
         if needed <= budget:
             log.info("images: %.0f MiB in memory", needed / 2**20)
             self._images = {k.key: load_images(store, k.array) for k in self.spec.images}
-        else:
-            log.info("images: %.0f MiB, streamed within %.0f MiB", needed / 2**20, budget / 2**20)
-            self._stream = ImageStream(store, self.spec, self.windows, budget, self._seed, self._shuffle)
+            return
+        goals = [k.key for k in self.spec.goals if k.role == "image"]
+        if goals:
+            raise UserError(
+                f"{store.path}: '{goals[0]}' is a goal, so its images must be in memory: {needed / 2**20:.0f} MiB, "
+                f"wanted at most {budget / 2**20:.0f} MiB. Raise data.memory_budget_mb, record smaller images, or take "
+                "a state as the goal."
+            )
+        log.info("images: %.0f MiB, streamed within %.0f MiB", needed / 2**20, budget / 2**20)
+        self._stream = ImageStream(store, self.spec, self.windows, budget, self._seed, self._shuffle)
 
     def subset(self, episodes: np.ndarray, batch_size: int, limit: int) -> WindowLoader:
         """The first ``limit`` windows of other episodes of the same dataset, in order, for one process.
@@ -99,9 +135,7 @@ class WindowLoader:
         """
         other = copy.copy(self)
         other.batch_size, other._shuffle, other._part = batch_size, False, slice(None)
-        other.windows = build_windows(
-            self._store.episode_ends, self.spec.horizon, self.spec.pad_before, self.spec.pad_after, episodes
-        ).first(limit)
+        other.windows = self._table(episodes).first(limit)
         if self._stream is not None:
             other._stream = ImageStream(self._store, self.spec, other.windows, self._budget, 0, shuffle=False)
         return other
@@ -115,31 +149,64 @@ class WindowLoader:
 
         Yields:
             ``observation key -> (B, n_obs_steps, *shape)`` (uint8 for images, else float32, physical units) and
-            ``action -> (B, horizon, A)`` float32, with B the part of this process.
+            ``action -> (B, horizon, A)`` float32, with B the part of this process. Where the spec has them,
+            ``goal.<key> -> (B, *shape)`` and ``task -> (B,)`` int64.
         """
-        if self._stream is not None:
-            for windows, images in self._stream.batches(self.batch_size, start):
-                part = {key: value[self._part] for key, value in images.items()}
-                yield self._vector_batch(windows[self._part]) | part
-            return
-        for windows in window_order(len(self.windows), self.batch_size, self._seed, self._shuffle, start):
-            yield self.batch(windows[self._part])
+        walk = self.walk(start * self.batch_size)
+        for n in count(start):
+            windows, frames = walk.take(self.batch_size, self._part)
+            if not len(windows):
+                return
+            chances = draw_chances(self._seed, n, self.batch_size)[self._part] if self.spec.goals else None
+            yield self.batch(windows, frames, chances)
 
-    def batch(self, windows: np.ndarray) -> Batch:
-        """Gather the given windows (B,); only for data in memory."""
-        batch = self._vector_batch(windows)
-        if self._images:
-            steps = torch.from_numpy(self.windows.steps(windows, self.spec.n_obs_steps))
-            for key, images in self._images.items():
-                batch[key] = gather_frames(images, steps)
+    def walk(self, first: int) -> Walk:
+        """Go through the windows in this loader's order from the ``first``-th on, in steps of any size."""
+        if self._stream is None:
+            return Walk((w, {}) for w in _walk(len(self.windows), self._seed, self._shuffle, first))
+        batch, skip = divmod(first, self.batch_size)
+        walk = Walk(self._stream.batches(self.batch_size, batch))
+        walk.take(skip)
+        return walk
+
+    def batch(self, windows: np.ndarray, frames: Batch | None = None, chances: np.ndarray | None = None) -> Batch:
+        """Gather windows.
+
+        Args:
+            windows: (B,) windows.
+            frames: their streamed images, each (B, n_obs_steps, H, W, 3); None for data in memory.
+            chances: (B or more,) numbers in [0, 1) that choose the goals, where the spec has any.
+        """
+        steps = self.windows.steps(windows, self.spec.horizon)
+        batch = self._vector_batch(torch.from_numpy(steps))
+        if self._stream is not None:
+            batch |= frames or {}
+        elif self._images:
+            seen = torch.from_numpy(steps[:, : self.spec.n_obs_steps])
+            batch |= {key: gather_frames(images, seen) for key, images in self._images.items()}
+        if chances is not None:
+            newest, last = steps[:, self.spec.n_obs_steps - 1], self.windows.high[windows]
+            batch |= self._goals(goal_steps(newest, last, chances[: len(windows)], self.spec.goal_horizon))
+        if self.spec.tasks:
+            batch[TASK] = torch.from_numpy(self._tasks[self.windows.episode[windows]])
         return batch
 
-    def _vector_batch(self, windows: np.ndarray) -> Batch:
-        steps = torch.from_numpy(self.windows.steps(windows, self.spec.horizon))
+    def _vector_batch(self, steps: Tensor) -> Batch:
         rows = self._vectors.index_select(0, steps.view(-1)).view(*steps.shape, -1)
         batch = {k.key: rows[:, : self.spec.n_obs_steps, self._columns[k.key]] for k in self.spec.states}
         batch[self.spec.action.key] = rows[..., self._columns[self.spec.action.key]]
         return batch
+
+    def _goals(self, steps: np.ndarray) -> Batch:
+        """``goal.<key> -> (B, *shape)`` at the given steps (B,)."""
+        index = torch.from_numpy(steps)
+        rows = self._vectors.index_select(0, index)
+        return {
+            GOAL + k.key: self._images[k.key].index_select(0, index)
+            if k.role == "image"
+            else rows[:, self._columns[k.key]]
+            for k in self.spec.goals
+        }
 
     def vectors(self, key: KeySpec) -> np.ndarray:
         """All steps (N, D) of a state or action key, e.g. to fit its normaliser."""
@@ -150,6 +217,11 @@ def free_memory_mb() -> int:
     """Half of the memory that is free now, shared among the processes of this machine, in MiB."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int(psutil.virtual_memory().available // 2 // 2**20 // processes)
+
+
+def image_bytes(store: EpisodeStore, spec: PolicySpec) -> int:
+    """Bytes that all images of a dataset take in memory."""
+    return store.n_steps * sum(int(np.prod(k.shape)) for k in spec.images)
 
 
 def dataset_key(store: EpisodeStore, key: KeySpec) -> KeySpec:
@@ -176,27 +248,49 @@ def gather_frames(images: Tensor, steps: Tensor) -> Tensor:
     return flat.index_select(0, steps.reshape(-1)).view(*steps.shape, *images.shape[1:])
 
 
-def window_order(n_windows: int, batch_size: int, seed: int, shuffle: bool, start: int) -> Iterator[np.ndarray]:
-    """Yield the windows of each batch from the ``start``-th on.
+class Walk:
+    """Hands out rows of (windows (n,), their frames) in any numbers, whatever the size of the pieces they come in."""
 
-    Shuffled, the batches cut an endless row of permutations, one for each epoch; so all batches have the same size.
+    def __init__(self, pieces: Iterator[tuple[np.ndarray, Batch]]) -> None:
+        self._pieces = pieces
+        self._windows: np.ndarray = np.empty(0, dtype=np.int64)
+        self._frames: Batch = {}
+
+    def take(self, size: int, part: slice = slice(None)) -> tuple[np.ndarray, Batch]:
+        """Go ``size`` rows on, fewer at the end of a walk that ends; returns a part of them."""
+        while len(self._windows) < size and (piece := next(self._pieces, None)) is not None:
+            windows, frames = piece
+            if len(self._windows):
+                frames = {key: torch.cat([self._frames[key], value]) for key, value in frames.items()}
+                windows = np.concatenate([self._windows, windows])
+            self._windows, self._frames = windows, frames
+        taken = self._windows[:size][part], {key: value[:size][part] for key, value in self._frames.items()}
+        self._windows = self._windows[size:]
+        self._frames = {key: value[size:] for key, value in self._frames.items()}
+        return taken
+
+
+def _walk(n_windows: int, seed: int, shuffle: bool, first: int) -> Iterator[np.ndarray]:
+    """Yield the windows from the ``first``-th of the walk on, in pieces.
+
+    Shuffled, the walk is an endless row of permutations, one for each epoch.
     """
     if not shuffle:
-        for first in range(start * batch_size, n_windows, batch_size):
-            yield np.arange(first, min(first + batch_size, n_windows))
+        yield np.arange(first, n_windows)
         return
-    epoch, skip = divmod(start * batch_size, n_windows)
-    left = _permutation(n_windows, seed, epoch)[skip:]
-    while True:
-        while len(left) < batch_size:
-            epoch += 1
-            left = np.concatenate([left, _permutation(n_windows, seed, epoch)])
-        yield left[:batch_size]
-        left = left[batch_size:]
+    epoch, skip = divmod(first, n_windows)
+    for i in count(epoch):
+        yield _permutation(n_windows, seed, i)[skip if i == epoch else 0 :]
 
 
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def _task_indices(instructions: Sequence[str], spec: PolicySpec) -> np.ndarray:
+    """Index (E,) int64 of each episode's task among the spec's, -1 where there is none."""
+    known = {task.instruction: i for i, task in enumerate(spec.tasks)}
+    return np.array([known.get(text, -1) for text in instructions], dtype=np.int64)
 
 
 def _stack_vectors(store: EpisodeStore, spec: PolicySpec) -> tuple[Tensor, dict[str, slice]]:

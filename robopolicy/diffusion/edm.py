@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ SAMPLERS: dict[str, type] = {
 class EdmProcess(Process):
     """Noise levels ``sigma`` in [sigma_min, sigma_max]; ``x = x0 + sigma noise``."""
 
-    samplers = SAMPLERS
+    samplers: Collection[str] = SAMPLERS
     prediction = "edm"
 
     def __init__(self, config: EdmConfig) -> None:

@@ -12,7 +12,9 @@ import gymnasium
 import numpy as np
 
 from robopolicy.errors import UserError
-from robopolicy.spec import PolicySpec
+from robopolicy.spec import INSTRUCTION, PolicySpec
+
+INSTRUCTION_BYTES = 256  # of UTF-8, that an instruction may have
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,35 @@ class EpisodeResult:
 
 
 def history_buffers(spec: PolicySpec, rows: int) -> dict[str, np.ndarray]:
-    """Zeros for the observations of a batch: ``(rows, n_obs_steps, *key.shape)``, uint8 images, float32 vectors."""
-    return {
+    """Zeros for the observations of a batch: ``(rows, n_obs_steps, *key.shape)``, uint8 images, float32 vectors.
+
+    Where the spec has tasks, ``instruction`` too: ``(rows, INSTRUCTION_BYTES)`` uint8, see `read_instructions`.
+    """
+    buffers = {
         key.key: np.zeros((rows, spec.n_obs_steps, *key.shape), np.uint8 if key.role == "image" else np.float32)
         for key in spec.observations
     }
+    return buffers | ({INSTRUCTION: np.zeros((rows, INSTRUCTION_BYTES), np.uint8)} if spec.tasks else {})
+
+
+def write_instruction(text: str, row: np.ndarray) -> None:
+    """Write a text as UTF-8 into ``row`` (INSTRUCTION_BYTES,) uint8, filled up with zeros.
+
+    Raises:
+        UserError: the text is too long.
+    """
+    encoded = text.encode()
+    if len(encoded) > INSTRUCTION_BYTES:
+        raise UserError(
+            f"An instruction may have {INSTRUCTION_BYTES} bytes, the environment's has {len(encoded)}: '{text}'. "
+            "Give a shorter one with instruction='…'."
+        )
+    row[:] = np.frombuffer(encoded.ljust(INSTRUCTION_BYTES, b"\0"), np.uint8)
+
+
+def read_instructions(rows: np.ndarray) -> list[str]:
+    """The texts in rows (B, INSTRUCTION_BYTES) that `write_instruction` wrote; empty where nothing was written."""
+    return [row.tobytes().rstrip(b"\0").decode() for row in rows]
 
 
 class Episode:
@@ -63,13 +89,14 @@ class Episode:
             ``info["variation"]`` at reset, and ``info["instruction"]`` or ``env.unwrapped.instruction`` are kept where
             they are there.
         history: (n_obs_steps, *key.shape) per key, oldest first; filled in place, so that it may be a row of the batch
-            that the policy reads.
+            that the policy reads. Under ``instruction``, where it is there, a row for what the environment asks for.
         max_steps: limit of control steps.
     """
 
     def __init__(self, env: gymnasium.Env, history: Mapping[str, np.ndarray], max_steps: int) -> None:
         self._env = env
-        self._history = history
+        self._history = {key: rows for key, rows in history.items() if key != INSTRUCTION}
+        self._told = history.get(INSTRUCTION)
         self._max_steps = max_steps
 
     def start(self, seed: int) -> None:
@@ -80,6 +107,8 @@ class Episode:
         self._success = False
         observation, info = self._env.reset(seed=seed)
         self._instruction = str(info.get("instruction") or getattr(self._env.unwrapped, "instruction", ""))
+        if self._told is not None:
+            write_instruction(self._instruction, self._told)
         self._stages: dict[str, bool] = {}
         self._variation = _plain(info.get("variation", {}))
         for key, rows in self._history.items():

@@ -23,7 +23,7 @@ from robopolicy.evaluation.suite import Setting, Suite
 from robopolicy.evaluation.suite_report import write_suite_report
 from robopolicy.evaluation.suite_results import SuiteResult, setting_folder, suite_protocol
 from robopolicy.evaluation.video import Clip, choose, replay, write_grid, write_video
-from robopolicy.spec import PolicySpec
+from robopolicy.spec import INSTRUCTION, PolicySpec
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def evaluate(
     began = time.perf_counter()
     played = player(policy, world, seeds, batch_size=batch_size, workers=workers, progress=progress)
     wall_s = time.perf_counter() - began
-    protocol = Protocol(task_of(world, seeds), _policy_entry(policy.spec, policy_info or {}))
+    protocol = Protocol(task_of(world, seeds), _policy_entry(policy, policy_info or {}))
     result = EvaluationResult(protocol, tuple(played), wall_s)
     if out is None:
         return result
@@ -112,7 +112,7 @@ def evaluate_suite(
     seeds = range(first_seed, first_seed + episodes)
     info = dict(policy_info or {})
     worlds = [_setting_world(environment_name, setting, policy, how.get("max_steps")) for setting in suite.settings]
-    policy_entry = _policy_entry(policy.spec, info)
+    policy_entry = _policy_entry(policy, info)
     tasks = [task_of(world, seeds) for world in worlds]
     protocol = suite_protocol(suite, tasks, policy_entry)
     _claim(out, protocol)
@@ -173,13 +173,15 @@ def _complete_result(folder: Path, protocol: Protocol) -> EvaluationResult | Non
     return result if result.protocol.hash == protocol.hash else None
 
 
-def _policy_entry(spec: PolicySpec, info: Mapping[str, Any]) -> dict[str, Any]:
+def _policy_entry(policy: ChunkPolicy, info: Mapping[str, Any]) -> dict[str, Any]:
+    spec, instruction = policy.spec, getattr(policy, INSTRUCTION, None)
     return {
         "observations": [key.key for key in spec.observations],
         "n_obs_steps": spec.n_obs_steps,
         "horizon": spec.horizon,
         "n_action_steps": spec.n_action_steps,
         "torch": torch.__version__,
+        **({INSTRUCTION: instruction} if instruction else {}),
         **info,
     }
 

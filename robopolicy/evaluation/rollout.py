@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -14,16 +15,20 @@ import torch
 
 from robopolicy.errors import UserError
 from robopolicy.evaluation.environments import Environment
-from robopolicy.evaluation.episode import EpisodeResult
+from robopolicy.evaluation.episode import EpisodeResult, read_instructions
 from robopolicy.evaluation.launch.shards import SHARD_SIZE, collecting, split_seeds
 from robopolicy.evaluation.simulators import Ended, Simulators, simulators
-from robopolicy.spec import PolicySpec
+from robopolicy.spec import INSTRUCTION, PolicySpec
 
 log = logging.getLogger(__name__)
 
 
 class ChunkPolicy(Protocol):
-    """What can be evaluated."""
+    """What can be evaluated.
+
+    A policy whose spec has tasks is told what each row's environment asks for, unless its attribute ``instruction`` is
+    there and not None: then that is what it does in all.
+    """
 
     @property
     def spec(self) -> PolicySpec: ...
@@ -32,7 +37,8 @@ class ChunkPolicy(Protocol):
         """Predict the next actions of a batch of episodes.
 
         Args:
-            observations: per key ``(B, n_obs_steps, *key.shape)``, oldest first, physical units, images uint8 RGB.
+            observations: per key ``(B, n_obs_steps, *key.shape)``, oldest first, physical units, images uint8 RGB; for
+                a policy that is told, ``instruction`` (B,) texts.
             generators: one per row and the only source of randomness for that row, so that its actions do not depend
                 on the batch it is in.
 
@@ -88,8 +94,8 @@ def rollout(
         One result per seed, in the order of ``seeds``.
 
     Raises:
-        UserError: policy and environment do not fit, seeds repeat, the policy's actions are not finite, or a worker
-            process dies again and again.
+        UserError: policy and environment do not fit, seeds repeat, a policy that must be told what to do gets no
+            instruction, the policy's actions are not finite, or a worker process dies again and again.
         ValueError: the policy's chunk has the wrong shape.
     """
     shards = split_seeds(seeds, shard_size)
@@ -100,7 +106,7 @@ def rollout(
     lanes = min(2, len(shards)) if workers else 1
     with (
         collecting(environment.name, len(seeds), progress) as results,
-        closing(simulators(environment, policy.spec, lanes * count, workers)) as slots,
+        closing(simulators(environment, _told_spec(policy), lanes * count, workers)) as slots,
         torch_threads(threads),
     ):
         run = [_Lane(slots, range(i * count, (i + 1) * count)) for i in range(lanes)]
@@ -112,6 +118,25 @@ def rollout(
         100 * sum(lane.policy_s for lane in run) / results.seconds,
     )  # fmt: skip
     return results.in_order(seeds)
+
+
+def _told_spec(policy: ChunkPolicy) -> PolicySpec:
+    """What the environments must provide: no instructions where the policy has its own."""
+    return policy.spec if getattr(policy, INSTRUCTION, None) is None else replace(policy.spec, tasks=())
+
+
+def _observed(histories: Mapping[str, np.ndarray], running: Sequence[int], spec: PolicySpec) -> dict[str, np.ndarray]:
+    """What the policy sees of the running slots."""
+    observations = {key: rows[running] for key, rows in histories.items()}
+    if INSTRUCTION in observations:
+        texts = read_instructions(observations[INSTRUCTION])
+        if "" in texts:
+            known = ", ".join(repr(task.instruction) for task in spec.tasks)
+            raise UserError(
+                f"The environment does not say what to do, and the policy must be told: instruction='…', of {known}."
+            )
+        observations[INSTRUCTION] = np.array(texts)
+    return observations
 
 
 @contextmanager
@@ -167,7 +192,7 @@ class _Lane:
             self._simulators.start(starts)
         self._generators |= {slot: torch.Generator().manual_seed(seed) for slot, seed in starts.items()}
         running = sorted(self._generators)
-        observations = {key: rows[running] for key, rows in self._simulators.histories.items()}
+        observations = _observed(self._simulators.histories, running, policy.spec)
         asked = time.perf_counter()
         actions = policy.act(observations, [self._generators[slot] for slot in running])
         self.policy_s += time.perf_counter() - asked

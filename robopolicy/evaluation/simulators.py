@@ -42,7 +42,7 @@ class Simulators(Protocol):
     """A fixed number of slots, each holding one environment.
 
     Attributes:
-        histories: (slots, n_obs_steps, *key.shape) per key; row ``i`` is what the policy may see of slot ``i``.
+        histories: as `history_buffers` makes them; row ``i`` is what the policy may see of slot ``i``.
     """
 
     histories: Histories

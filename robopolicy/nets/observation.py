@@ -12,7 +12,7 @@ from robopolicy.data.augment import AugmentConfig, augment
 from robopolicy.errors import UserError
 from robopolicy.nets.context import Context, ContextSize
 from robopolicy.nets.images import ResNetKeypointEncoder
-from robopolicy.nets.language import InstructionEncoder, LanguageConfig
+from robopolicy.nets.language import LANGUAGE, InstructionEncoder, LanguageConfig
 from robopolicy.spec import GOAL, TASK, KeySpec, PolicySpec
 
 
@@ -95,7 +95,7 @@ class ObservationEncoder(nn.Module):
             goal = torch.cat(parts, dim=2).squeeze(1)
         if self.instructions is not None:
             index = observations[TASK]
-            task = self.instructions(index)
+            task = self.instructions(index, observations.get(LANGUAGE))
         context = Context(steps, goal, task, index)
         return context if told is None else self.untold(context, told)
 

@@ -15,7 +15,8 @@ from robopolicy.data.augment import AugmentConfig
 from robopolicy.data.normalize import Normalizer
 from robopolicy.diffusion.process import SamplerConfig
 from robopolicy.diffusion.sampling import Generators
-from robopolicy.errors import UserError, did_you_mean
+from robopolicy.errors import UserError
+from robopolicy.nets.language import LANGUAGE, instruction_encoder
 from robopolicy.spec import GOAL, INSTRUCTION, TASK, KeySpec, PolicySpec
 
 Draws = dict[str, Tensor]
@@ -85,7 +86,8 @@ class Policy(nn.Module, ABC):
 
         Args:
             observations: by key, (B, n_obs_steps, *shape), physical units; images uint8. Goals (B, *shape) under
-                ``goal.<key>`` and the index ``task`` (B,) int64, where the spec has them.
+                ``goal.<key>`` and the index ``task`` (B,) int64, where the spec has them; beside it, ``language``
+                (B, 384) sentence vectors, where an instruction is not one of the tasks'.
             generators: one generator for the batch, or one for each row.
 
         Returns:
@@ -119,8 +121,8 @@ class Policy(nn.Module, ABC):
         """Normalise the states of observations and goals; images and the task pass unchanged."""
         domain = self.domain(observations)
         goals = {GOAL + k.key: self._normalized(k, observations[GOAL + k.key], domain) for k in self.spec.goals}
-        task = {TASK: observations[TASK]} if self.spec.tasks else {}
-        return self.normalized_history(observations, domain) | goals | task
+        told = {key: observations[key] for key in (TASK, LANGUAGE) if self.spec.tasks and key in observations}
+        return self.normalized_history(observations, domain) | goals | told
 
     def normalized_history(self, observations: Mapping[str, Tensor], domain: Tensor | None) -> dict[str, Tensor]:
         """Normalise the states of the observation history alone."""
@@ -155,7 +157,9 @@ class Policy(nn.Module, ABC):
 
     def _checked(self, observations: Mapping[str, Any]) -> dict[str, Any]:
         steps = self.spec.n_obs_steps
-        checked = {k.key: _array(k.key, k, (steps, *k.shape), observations) for k in self.spec.observations}
+        checked: dict[str, Any] = {
+            k.key: _array(k.key, k, (steps, *k.shape), observations) for k in self.spec.observations
+        }
         rows = len(next(iter(checked.values())))
         for key in self.spec.goals:
             name = GOAL + key.key
@@ -165,16 +169,27 @@ class Policy(nn.Module, ABC):
             checked[name] = _array(name, key, key.shape, given)
         if self.spec.tasks:
             texts = observations.get(INSTRUCTION, [self.instruction] * rows)
-            checked[TASK] = np.array([self._task_index(text) for text in texts], dtype=np.int64)
+            if isinstance(texts, str) or len(texts) != rows:
+                raise UserError(f"{INSTRUCTION}: found {texts!r}, wanted {rows} texts, one for each row.")
+            checked |= self._told(texts)
         return checked
 
-    def _task_index(self, instruction: str | None) -> int:
+    def check_instruction(self, instruction: str | None) -> None:
+        """Raise a `UserError` if this policy is not told what to do, or does not understand the instruction."""
+        if not self.spec.tasks:
+            raise UserError(f"This policy is not told what to do; leave the instruction '{instruction}' out.")
+        self._told([instruction])
+
+    def _told(self, texts: Sequence[str | None]) -> dict[str, Tensor]:
+        """``task`` (B,) and, where a text is not one of the tasks', ``language`` (B, 384)."""
         known = [task.instruction for task in self.spec.tasks]
-        if instruction is None:
+        given = [str(text) for text in texts if text is not None]
+        if len(given) < len(texts):
             raise UserError(f"This policy needs an instruction, one of: {', '.join(map(repr, known))}.")
-        if instruction not in known:
-            raise UserError(f"The policy was not trained for '{instruction}'.{did_you_mean(instruction, known)}")
-        return known.index(instruction)
+        encoder = instruction_encoder(self)
+        assert encoder is not None  # of every family that takes tasks
+        task, language = encoder.understand(given)
+        return {TASK: task} if language is None else {TASK: task, LANGUAGE: language}
 
 
 def _array(name: str, key: KeySpec, wanted: tuple[int, ...], observations: Mapping[str, Any]) -> np.ndarray:

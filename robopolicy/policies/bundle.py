@@ -147,6 +147,7 @@ def load_bundle(path: Path, device: str | torch.device = "cpu") -> tuple[Policy,
         spec,
         Normalizer.from_parts(parts),
         where=f"{path / 'bundle.yaml'}: architecture",
+        fresh=False,
     )
     try:
         state = load_file(path / "model.safetensors")

@@ -18,7 +18,7 @@ from robopolicy.diffusion.sampling import Generators, draw_noise, sample_chunks
 from robopolicy.errors import UserError
 from robopolicy.nets.context import Context
 from robopolicy.nets.denoiser import Conditioning, Denoiser
-from robopolicy.nets.language import LanguageConfig
+from robopolicy.nets.language import LANGUAGE, LanguageConfig
 from robopolicy.nets.observation import ImageEncoderConfig, ObservationEncoder
 from robopolicy.policies.base import Draws, ExportGraph, Policy
 from robopolicy.spec import GOAL, TASK, PolicySpec
@@ -175,7 +175,7 @@ class DenoisingPolicy(Policy):
 
     def export_graphs(self, observations: Mapping[str, Tensor]) -> dict[str, ExportGraph]:
         keys = [k.key for k in self.spec.observations] + [GOAL + k.key for k in self.spec.goals]
-        keys += [TASK] if self.spec.tasks else []
+        keys += [key for key in (TASK, LANGUAGE) if self.spec.tasks and key in observations]
         inputs = tuple(observations[key] for key in keys)
         encoder = _EncoderGraph(self, keys)
         cond = encoder(*inputs)

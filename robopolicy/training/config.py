@@ -43,20 +43,42 @@ class EmaConfig:
 
 
 @dataclass(frozen=True)
+class MixtureEntry:
+    """One of several datasets.
+
+    Attributes:
+        path: dataset in the Zarr replay-buffer layout.
+        weight: how often its windows are drawn, relative to the other datasets', whatever their sizes: equal weights
+            give equal shares of every batch.
+        instruction: replaces the instructions of its episodes; empty: theirs, or the dataset's name where an episode
+            has none.
+    """
+
+    path: str
+    weight: float = 1.0
+    instruction: str = ""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Which windows are trained on.
 
     Attributes:
         path: dataset in the Zarr replay-buffer layout.
-        val_ratio: share of episodes held out for the validation loss.
-        max_train_episodes: use at most this many training episodes.
+        mixture: several datasets, instead of ``path``.
+        normalize: several datasets are normalised each by its own ranges (``per_dataset``), which lets them differ in
+            scale, or by the ranges of all together (``together``).
+        val_ratio: share of episodes held out for the validation loss, of each dataset.
+        max_train_episodes: use at most this many training episodes, of each dataset.
         seed: seed of the choice of episodes.
         memory_budget_mb: MiB that images may take in memory before they are streamed from disk; None: half of what is
             free.
         normalization: mode for each role: minmax, gaussian, quantile or identity.
     """
 
-    path: str
+    path: str | None = None
+    mixture: tuple[MixtureEntry, ...] = ()
+    normalize: Literal["per_dataset", "together"] = "per_dataset"
     val_ratio: float = 0.02
     max_train_episodes: int | None = None
     seed: int = 42
@@ -68,6 +90,17 @@ class DataConfig:
         _at_least(1, self, "data", "max_train_episodes", "memory_budget_mb")
         if self.val_ratio >= 1:
             raise UserError(f"data.val_ratio={self.val_ratio} must be below 1.")
+        if (self.path is None) == (not self.mixture):
+            found = "neither" if self.path is None else "both"
+            raise UserError(
+                f"Please give data.path=… or data.mixture=[…], found {found}. Several datasets: "
+                "'data.mixture=[{path: a.zarr}, {path: b.zarr, weight: 2}]'."
+            )
+
+    @property
+    def datasets(self) -> tuple[MixtureEntry, ...]:
+        """The datasets: those of the mixture, or the one at `path`."""
+        return self.mixture or (MixtureEntry(self.path or ""),)
 
 
 @dataclass(frozen=True)

@@ -30,18 +30,19 @@ def draw_first_batch(policy: Policy, batch: Mapping[str, Tensor], draws: Draws, 
     """
     spec = policy.spec
     count = min(WINDOWS, len(batch[spec.action.key]))
+    batch = {key: value[:count] for key, value in batch.items()}
     rows = len(spec.images) + 1 + bool(spec.states)
     figure, axes = plt.subplots(rows, count, figsize=(2.2 * count, 2.3 * rows), squeeze=False, layout="constrained")
     for row, key in enumerate(spec.images):
-        seen = augment(batch[key.key][:count], policy.augmentation, draws["augmentation"][:count])[:, -1].numpy()
+        seen = augment(batch[key.key], policy.augmentation, draws["augmentation"][:count])[:, -1].numpy()
         for column in range(count):
             axes[row, column].imshow(seen[column], interpolation="nearest")
             axes[row, column].set_axis_off()
         axes[row, 0].set_title(f"{key.key}\n{seen.shape[2]}x{seen.shape[1]} px", fontsize=8, loc="left")
     first = len(spec.images)
     if spec.states:
-        _draw_states(axes[first], policy, batch, spec)
-    action = policy.normalizer[spec.action.key].normalize(batch[spec.action.key][:count]).numpy()
+        _draw_states(axes[first], policy.normalized(batch), spec)
+    action = policy.normalizer[spec.action.key].normalize(batch[spec.action.key], policy.domain(batch)).numpy()
     for column in range(count):
         axis = axes[-1, column]
         axis.plot(action[column], linewidth=1)
@@ -53,11 +54,10 @@ def draw_first_batch(policy: Policy, batch: Mapping[str, Tensor], draws: Draws, 
     plt.close(figure)
 
 
-def _draw_states(axes: np.ndarray, policy: Policy, batch: Mapping[str, Tensor], spec: PolicySpec) -> None:
+def _draw_states(axes: np.ndarray, seen: Mapping[str, Tensor], spec: PolicySpec) -> None:
     for column, axis in enumerate(axes):
         for key in spec.states:
-            values = policy.normalizer[key.key].normalize(batch[key.key][column]).numpy()
-            axis.plot(values.T, marker="o", markersize=2, linewidth=0.8)
+            axis.plot(seen[key.key][column].numpy().T, marker="o", markersize=2, linewidth=0.8)
         _frame(axis)
         axis.set_xlabel("dimension", fontsize=7)
     names = ", ".join(k.key for k in spec.states)

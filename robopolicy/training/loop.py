@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from robopolicy import __version__
-from robopolicy.data.loader import WindowLoader, free_memory_mb
+from robopolicy.data.loader import HeldOut, free_memory_mb
 from robopolicy.errors import UserError
 from robopolicy.policies.base import Policy
 from robopolicy.policies.bundle import save_bundle
@@ -143,6 +143,7 @@ class Run:
         train = self.config.train
         data = dict(self.plain["data"])
         del data["path"]
+        data["mixture"] = [{**entry, "path": None} for entry in data.get("mixture", [])]
         if not self.data.training.streaming:
             data["memory_budget_mb"] = None
         return {
@@ -176,7 +177,7 @@ class Run:
             "robopolicy": __version__,
             "commit": _commit(),
             "torch": str(torch.__version__),
-            "dataset": {"path": str(self.config.data.path), "fingerprint": self.data.fingerprint},
+            "dataset": {"path": self.config.data.path or "", "fingerprint": self.data.fingerprint},
             "seed": self.config.train.seed,
             "step": self.step,
             "metrics": dict(metrics),
@@ -184,11 +185,7 @@ class Run:
         }
 
     def save_bundle(self, path: Path, metrics: Mapping[str, float]) -> Path:
-        task = {
-            "name": self.config.task.name,
-            "environment": self.data.environment,
-            "environment_options": self.data.environment_options,
-        }
+        task = {"name": self.config.task.name, **self.data.task_entry()}
         return save_bundle(self.averaged_policy(), path, task=task, provenance=self.provenance(metrics))
 
 
@@ -257,7 +254,7 @@ def _steps(run: Run, best: BestBundles, evaluate: Evaluate | None) -> Iterator[t
                 break
             if run.step == 0 and main:
                 seen_by = copy.deepcopy(run.policy).cpu()  # batch and draws lie on the CPU
-                draw_first_batch(seen_by, batch, run.draws(0), run.out / "first_batch.png")
+                draw_first_batch(seen_by, _own_tasks(batch, seen_by), run.draws(0), run.out / "first_batch.png")
             loss, norm = run.update(batch)
             bar.update()
             values: dict[str, float] = {}
@@ -298,7 +295,7 @@ def _judge(run: Run, best: BestBundles, evaluate: Evaluate | None) -> dict[str, 
 
 
 @torch.inference_mode()
-def validate(policy: Policy, windows: WindowLoader, config: TrainConfig) -> dict[str, float]:
+def validate(policy: Policy, windows: HeldOut, config: TrainConfig) -> dict[str, float]:
     """Loss and action error on held-out windows; the same windows and the same noise each time.
 
     The action error is the mean absolute difference, in physical units, between one sampled chunk and the recorded

@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import robopolicy
@@ -96,6 +97,7 @@ class RayCluster:
             policy.device.type,
             asdict(policy.sampler),
             _versions(environment),
+            **told(policy),
         )
         bundle = bundle_files(policy)
         # Retries are ours, so that a person learns of them, and results that are lost later are computed again too.
@@ -244,6 +246,12 @@ def bundle_files(policy: Policy) -> Files:
         return {file.name: file.read_bytes() for file in bundle.iterdir()}
 
 
+def told(policy: Policy) -> dict[str, Any]:
+    """Fields of a `Job`: what the policy is asked to do."""
+    goal = {key: np.asarray(value).tolist() for key, value in policy.goal.items()}
+    return {"instruction": policy.instruction, "goal": goal}
+
+
 def packed_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], Files]:
     """Options whose files (`FILE_OPTIONS`) have relative names, and these files; `absolute_files` undoes it."""
     files: Files = {}
@@ -282,6 +290,7 @@ class Job:
         device: torch's device type, ``cpu`` or ``cuda``.
         sampler: the policy's present `SamplerConfig`, which may differ from its bundle's.
         versions: of the packages that decide the outcome, on the machine that asks.
+        instruction, goal: the policy's; the goal's arrays as lists.
     """
 
     environment: str
@@ -292,6 +301,8 @@ class Job:
     device: str
     sampler: dict[str, Any]
     versions: dict[str, str]
+    instruction: str | None = None
+    goal: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -329,6 +340,8 @@ def play_shard(job_text: str, bundle: Stored, option_files: Files, seeds: Sequen
         _check_versions(job.versions, _versions(world))
         policy = _loaded(bundle, job.device)
         policy.sampler = SamplerConfig(**job.sampler)
+        policy.instruction = job.instruction
+        policy.goal = {key: np.array(value) for key, value in job.goal.items()}
         results = rollout(
             policy,
             replace(world, max_steps=job.max_steps),

@@ -1,0 +1,57 @@
+"""Multi-layer perceptrons for states and short action chunks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from robopolicy.nets.context import Context
+from robopolicy.nets.denoiser import Conditioning, Denoiser
+from robopolicy.nets.unet1d import SinusoidalEmbedding
+
+
+def mlp(*dims: int) -> nn.Sequential:
+    """Linear layers of these widths, Mish between them, (B, dims[0]) -> (B, dims[-1])."""
+    layers: list[nn.Module] = []
+    for dim_in, dim_out in pairwise(dims):
+        layers += [nn.Linear(dim_in, dim_out), nn.Mish()]
+    return nn.Sequential(*layers[:-1])
+
+
+class ChunkMlp(Denoiser):
+    """Predicts a target for noised action chunks with a perceptron over chunk, noise level and context.
+
+    The first layer is the sum of three linear maps, so that those of context and level are computed once.
+
+    Args:
+        chunk: length H and entries A of a chunk.
+        cond_dim: length of the flat context.
+        hidden_dims: widths of the hidden layers, at least one.
+        step_embed_dim: length of the noise level's embedding.
+    """
+
+    def __init__(
+        self, chunk: tuple[int, int], cond_dim: int, hidden_dims: tuple[int, ...], step_embed_dim: int
+    ) -> None:
+        super().__init__()
+        size = chunk[0] * chunk[1]
+        self.from_chunk = nn.Linear(size, hidden_dims[0])
+        self.from_context = nn.Linear(cond_dim, hidden_dims[0], bias=False)
+        self.from_level = nn.Sequential(
+            SinusoidalEmbedding(step_embed_dim),
+            mlp(step_embed_dim, 2 * step_embed_dim, step_embed_dim),
+            nn.Linear(step_embed_dim, hidden_dims[0], bias=False),
+        )
+        self.rest = nn.Sequential(nn.Mish(), mlp(*hidden_dims, size))
+
+    def condition(self, context: Context) -> Conditioning:
+        """The context's part (B, hidden) of the first layer."""
+        return (self.from_context(context.flat()),)
+
+    def embed(self, level: Tensor) -> Tensor:
+        """The noise level's part (N, hidden) of the first layer."""
+        return self.from_level(level)
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        return self.rest(self.from_chunk(x.flatten(1)) + noise + cond[0]).view_as(x)
