@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from robopolicy.cli.compose import compose_config, override_plain
-from robopolicy.cli.train import SECTIONS, _started_with, evaluation_of
+from robopolicy.cli.train import start, started_with
 from robopolicy.errors import UserError
-
-if TYPE_CHECKING:
-    from robopolicy.policies.base import Policy
-    from robopolicy.training.dataset import TrainingData
 
 HELP = """\
 Teach a policy a new task without changing what it does in the ones it knows.
@@ -47,7 +43,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.resume is not None:
-        plain = override_plain(_started_with(args.resume), args.overrides) | {"out": str(args.resume)}
+        plain = override_plain(started_with(args.resume), args.overrides) | {"out": str(args.resume)}
         if "extends" not in plain:
             raise UserError(
                 f"{args.resume} is no run of robopolicy extend. Try: robopolicy train --resume {args.resume}"
@@ -57,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(json.dumps(plain, indent=2))
         return 0
-    start(plain, resume=args.resume is not None)
+    extend(plain, resume=args.resume is not None)
     return 0
 
 
@@ -78,13 +74,14 @@ def with_tasks(plain: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "data": data, "task": {**plain["task"], "multitask": True}}
 
 
-def start(plain: dict[str, Any], resume: bool) -> None:
-    """Extend a bundle with a composed configuration."""
-    from robopolicy.configuration import dataclass_from
+def extend(plain: dict[str, Any], resume: bool) -> None:
+    """Extend a bundle with a composed configuration.
+
+    Raises:
+        UserError: also where a run is resumed and its bundle is another one now.
+    """
     from robopolicy.policies.bundle import bundle_fingerprint, load_bundle
-    from robopolicy.training.checkpoint import has_checkpoint
     from robopolicy.training.extend import extend_policy
-    from robopolicy.training.loop import RunConfig, train
 
     old, manifest = load_bundle(Path(plain["bundle"]))
     fingerprint = bundle_fingerprint(manifest)
@@ -94,16 +91,4 @@ def start(plain: dict[str, Any], resume: bool) -> None:
             "Restore it, or start a new run with out=…"
         )
     plain = {**plain, "policy": manifest["architecture"], "extends": fingerprint}
-    config = dataclass_from(RunConfig, {name: plain[name] for name in SECTIONS}, "")
-    out = Path(config.out)
-    if not resume and has_checkpoint(out / "checkpoints"):
-        raise UserError(
-            f"{out} already holds a training run. Continue it with --resume {out}, or choose another folder with out=…"
-        )
-
-    def build(data: TrainingData) -> Policy:
-        return extend_policy(old, data.spec, data.normalizer, plain["new_experts"])
-
-    evaluate = evaluation_of(config, plain) if config.train.evaluate_every else None
-    bundle = train(config, plain, evaluate, resume, build)
-    print(f"bundle: {bundle}\njudge it with: robopolicy eval bundle={bundle}")
+    start(plain, resume, lambda data: extend_policy(old, data.spec, data.normalizer, plain["new_experts"]))

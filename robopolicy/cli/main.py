@@ -38,14 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
         compare,
         data,
         demo,
+        describe,
+        distill,
         evaluate,
+        extend,
         fidelity,
+        finetune,
         identify,
         randomize,
         record,
         select,
         teleoperate,
         train,
+        train_rl,
     )
 
     parser = argparse.ArgumentParser(
@@ -54,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"robopolicy {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     daily = (record, teleoperate, data, train, evaluate, compare)
-    for module in (*daily, identify, randomize, fidelity, select, demo):
+    more_training = (distill, finetune, extend, train_rl, describe)
+    for module in (*daily, *more_training, identify, randomize, fidelity, select, demo):
         module.add_parser(verbs)
     return parser
 

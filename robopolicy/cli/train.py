@@ -14,7 +14,7 @@ from robopolicy.errors import UserError
 
 if TYPE_CHECKING:
     from robopolicy.policies.base import Policy
-    from robopolicy.training.loop import Evaluate, RunConfig
+    from robopolicy.training.loop import Build, Evaluate, Finish, RunConfig
 
 SECTIONS = ("out", "task", "data", "policy", "train")
 HELP = """\
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         multirun("train", overrides, lambda plain: start(plain, resume=False), args.config_dir)
         return 0
     if args.resume is not None:
-        plain = override_plain(_started_with(args.resume), args.overrides) | {"out": str(args.resume)}
+        plain = override_plain(started_with(args.resume), args.overrides) | {"out": str(args.resume)}
     else:
         plain = compose_config("train", args.overrides, args.config_dir)
     if args.print_config:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _started_with(run: Path) -> dict[str, Any]:
+def started_with(run: Path) -> dict[str, Any]:
     """The configuration that a run was started with."""
     file = run / "config.json"
     if not file.is_file():
@@ -87,8 +87,8 @@ def _started_with(run: Path) -> dict[str, Any]:
     return plain
 
 
-def start(plain: dict[str, Any], resume: bool) -> None:
-    """Train with a composed configuration."""
+def start(plain: dict[str, Any], resume: bool, build: Build | None = None, finish: Finish | None = None) -> None:
+    """Train with a composed configuration; see `robopolicy.training.loop.train`."""
     from robopolicy.configuration import dataclass_from
     from robopolicy.training.checkpoint import has_checkpoint
     from robopolicy.training.loop import RunConfig, train
@@ -100,7 +100,7 @@ def start(plain: dict[str, Any], resume: bool) -> None:
             f"{out} already holds a training run. Continue it with --resume {out}, or choose another folder with out=…"
         )
     evaluate = evaluation_of(config, plain) if config.train.evaluate_every else None
-    bundle = train(config, plain, evaluate, resume)
+    bundle = train(config, plain, evaluate, resume, build, finish)
     print(f"bundle: {bundle}\njudge it with: robopolicy eval bundle={bundle}")
 
 

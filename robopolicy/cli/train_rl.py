@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from robopolicy.cli.compose import compose_config, override_plain
-from robopolicy.cli.train import SECTIONS, _started_with, evaluation_of
+from robopolicy.cli.train import SECTIONS, evaluation_of, started_with
 from robopolicy.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.resume is not None:
-        plain = _started_with(args.resume)
+        plain = started_with(args.resume)
         if "rl" not in plain:
             raise UserError(f"{args.resume} is no run of train-rl; continue it with robopolicy train --resume.")
         plain = override_plain(plain, args.overrides) | {"out": str(args.resume)}

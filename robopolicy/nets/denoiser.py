@@ -19,7 +19,12 @@ class Denoiser(nn.Module, ABC):
 
     A call has three parts, so that nothing is computed twice while a chunk is sampled: `condition` runs once per
     chunk, `at_levels` once for all noise levels of the sampler, and only `forward` once per step.
+
+    Attributes:
+        head: the output layers, which fine-tuning can train alone.
     """
+
+    head: nn.Module
 
     @abstractmethod
     def condition(self, context: Context) -> Conditioning:

@@ -8,6 +8,7 @@ routers can be added later, and what the earlier tasks compute does not change b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.functional import one_hot, pad, scaled_dot_product_attention
 from robopolicy.errors import UserError
 from robopolicy.nets.context import Context, ContextSize
 from robopolicy.nets.denoiser import Conditioning, Denoiser
-from robopolicy.nets.transformer import INIT_STD, ActionTokens, ContextTokens, Mlp, check_transformer, init_gpt
+from robopolicy.nets.transformer import INIT_STD, ActionTokens, ContextTokens, Mlp, check_transformer
 from robopolicy.nets.unet1d import SinusoidalEmbedding
 
 PROBABILITY_FLOOR = 1e-4
@@ -383,12 +384,17 @@ def _visible(horizon: int, context_tokens: int, n_obs_steps: int) -> Tensor:
 
 
 def _init(module: nn.Module) -> None:
-    """GPT-2's initialisation, also of the routers; the experts' is uniform, as released."""
-    init_gpt(module)
+    """The published standard deviation, 0.02 at width 512, kept in proportion for other widths; experts are uniform.
+
+    A fixed 0.02 makes signals fade in narrow networks, which then hardly see observations and tasks.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=INIT_STD * math.sqrt(512 / module.in_features))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     if isinstance(module, Mlp):
         for layer in (module.up, module.down):
-            for parameter in (layer.weight, layer.bias):
-                nn.init.uniform_(parameter, -1 / layer.in_features, 1 / layer.in_features)
+            layer.reset_parameters()
 
 
 def check_task_experts(experts: int, router_experts: Sequence[int], top_k: int) -> None:

@@ -133,7 +133,8 @@ def initial_policy(config: FinetuneConfig, architecture: Mapping[str, Any], data
     spec = replace(data.spec, tasks=tasks)
     _check_fit(old.spec, spec, config)
     normalizer = joined_normalizer(old, data, domains)
-    policy = build_policy(architecture["name"], architecture["config"], spec, normalizer, "policy.config")
+    name = architecture["name"]
+    policy = build_policy(name, architecture["config"], spec, normalizer, "policy.config", fresh=False)
     fresh = load_matching(policy, old)
     if any(bool(tensor.isnan().any()) for name, tensor in policy.named_buffers() if name == SENTENCES):
         encode_instructions(policy)  # some are new; those of the bundle alone would not need the sentence model
@@ -141,13 +142,14 @@ def initial_policy(config: FinetuneConfig, architecture: Mapping[str, Any], data
     if config.mode != "full":
         denoiser = getattr(policy, "denoiser", None)
         if not isinstance(denoiser, Denoiser):
-            name = architecture["name"]
             raise UserError(f"mode={config.mode} needs a policy with a denoiser; fine-tune '{name}' with mode=full.")
         new = _of_layers(policy, fresh)
-        if config.mode == "head":
-            train_only(policy, [*denoiser.head.parameters(), *new])
-        else:
+        if config.mode == "lora":
             add_adapters(policy, config.lora, new)
+        elif isinstance(head := getattr(denoiser, "head", None), nn.Module):
+            train_only(policy, [*head.parameters(), *new])
+        else:
+            raise UserError(f"The network of '{name}' has no output layers of its own; use mode=full or mode=lora.")
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     total = sum(p.numel() for p in policy.parameters())
     log.info("mode=%s trains %.3f M of %.3f M parameters", config.mode, trained / 1e6, total / 1e6)

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 Build = Callable[[TrainingData], Policy]
 """Makes the policy to train, e.g. from a bundle, where it is not a fresh one of `RunConfig.policy`."""
+Finish = Callable[[Policy], Policy]
+"""Turns a trained policy into the one to save, e.g. with adapters merged into the weights; may change its argument."""
 Evaluate = Callable[[Policy, int], Mapping[str, float]]
 """Judges the averaged policy at a step; returns metrics, among them ``eval/score``."""
 
@@ -67,8 +69,14 @@ class Run:
     """The state of a training run: the policy, its averaged copy, the optimiser and the step."""
 
     def __init__(
-        self, config: RunConfig, plain: Mapping[str, Any], processes: Processes, build: Build | None = None
+        self,
+        config: RunConfig,
+        plain: Mapping[str, Any],
+        processes: Processes,
+        build: Build | None = None,
+        finish: Finish | None = None,
     ) -> None:
+        self.finish = finish
         self.config, self.plain, self.processes = config, plain, processes
         self.out = Path(config.out)
         train = config.train
@@ -186,7 +194,10 @@ class Run:
 
     def save_bundle(self, path: Path, metrics: Mapping[str, float]) -> Path:
         task = {"name": self.config.task.name, **self.data.task_entry()}
-        return save_bundle(self.averaged_policy(), path, task=task, provenance=self.provenance(metrics))
+        policy = self.averaged_policy()
+        if self.finish is not None:
+            policy = self.finish(copy.deepcopy(policy))
+        return save_bundle(policy, path, task=task, provenance=self.provenance(metrics))
 
 
 def train(
@@ -195,6 +206,7 @@ def train(
     evaluate: Evaluate | None = None,
     resume: bool = False,
     build: Build | None = None,
+    finish: Finish | None = None,
 ) -> Path:
     """Train a policy.
 
@@ -204,6 +216,7 @@ def train(
         evaluate: called every ``train.evaluate_every`` steps.
         resume: continue from the run's last checkpoint.
         build: makes the policy; None: a fresh one of ``config.policy``.
+        finish: called with a copy of the averaged policy before it is saved as a bundle.
 
     Returns:
         The bundle of the last step.
@@ -215,7 +228,7 @@ def train(
     config = replace(config, data=replace(config.data, memory_budget_mb=budget))
     # kept in the run's folder: the order of streamed windows depends on it
     plain = {**plain, "data": {**plain["data"], "memory_budget_mb": budget}}
-    run = Run(config, plain, processes, build)
+    run = Run(config, plain, processes, build, finish)
     best = BestBundles(run.out / "bundles", config.train.keep_best)
     bundle = run.out / "bundles" / "last"
     if resume and has_checkpoint(run.out / "checkpoints"):

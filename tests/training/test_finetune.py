@@ -289,7 +289,7 @@ def test_sentence_vectors_of_known_instructions_need_no_sentence_model(data):
         torch.manual_seed(0)
         spec = replace(data.spec, tasks=tuple(TaskSpec(text) for text in texts))
         config = FAMILIES["diffusion_unet"] | {"language": {"encoder": "sentence"}}
-        return build_policy("diffusion_unet", config, spec, data.normalizer)
+        return build_policy("diffusion_unet", config, spec, data.normalizer, fresh=False)
 
     old, same, new = policy("push", "lift"), policy("lift", "push"), policy("lift", "turn")
     sentences = old.get_buffer(SENTENCES).copy_(torch.randn(2, 384))
