@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         multirun("train", overrides, lambda plain: start(plain, resume=False), args.config_dir)
         return 0
     if args.resume is not None:
+        if "bundle_fingerprint" in started_with(args.resume):
+            raise UserError(f"{args.resume} was started by finetune. Continue it with: robopolicy finetune --resume")
         plain = override_plain(started_with(args.resume), args.overrides) | {"out": str(args.resume)}
     else:
         plain = compose_config("train", args.overrides, args.config_dir)

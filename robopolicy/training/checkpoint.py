@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 
 from robopolicy.data.durable import sync_path
 from robopolicy.errors import UserError
+from robopolicy.training.optimizers import optimizer_tensors, restore_optimizer
 
 POINTER = "last"
 
@@ -45,7 +45,7 @@ def save_checkpoint(
     names = [name for name, _ in model.named_parameters()]
     _save(partial / "model.safetensors", dict(model.state_dict()))
     _save(partial / "ema.safetensors", dict(zip(names, ema.shadow_params, strict=True)))
-    _save(partial / "optimizer.safetensors", _moments(optimizer))
+    _save(partial / "optimizer.safetensors", optimizer_tensors(optimizer))
     (partial / "state.json").write_text(json.dumps({"step": step, "ema_step": ema.optimization_step, **extra}))
     for file in partial.iterdir():
         sync_path(file)
@@ -84,7 +84,7 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMAModel, optimizer: Op
         for (name, _), shadow in zip(model.named_parameters(), ema.shadow_params, strict=True):
             shadow.copy_(averaged[name])
         ema.optimization_step = state["ema_step"]
-        _restore_moments(optimizer, moments)
+        restore_optimizer(optimizer, moments)
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"The checkpoint {source} is damaged or of another architecture: {error}") from error
     return state
@@ -102,23 +102,6 @@ def write_whole(path: Path, text: str) -> None:
 
 def has_checkpoint(folder: Path) -> bool:
     return (folder / POINTER).is_file()
-
-
-def _moments(optimizer: Optimizer) -> dict[str, Tensor]:
-    entries = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value for i, values in entries.items() for name, value in values.items()}
-
-
-def _restore_moments(optimizer: Optimizer, moments: dict[str, Tensor]) -> None:
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, value in moments.items():
-        index, _, field = name.partition(".")
-        entries.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if value.shape == parameter.shape:  # fused kernels want the parameter's memory layout (channels last)
-                state[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

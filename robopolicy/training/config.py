@@ -13,6 +13,7 @@ class OptimConfig:
     """AdamW and its schedule: linear warm-up, then cosine to zero at the last step.
 
     Attributes:
+        name: adamw, or adamw8bit, whose moments take a quarter of the memory (bitsandbytes).
         lr: highest learning rate.
         betas: AdamW's moment decays.
         weight_decay: decoupled weight decay.
@@ -21,6 +22,7 @@ class OptimConfig:
         clip_norm: largest norm of the gradient over all parameters.
     """
 
+    name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: float = 1e-6

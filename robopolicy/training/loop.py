@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 Build = Callable[[TrainingData], Policy]
 """Makes the policy to train, e.g. from a bundle, where it is not a fresh one of `RunConfig.policy`."""
 Finish = Callable[[Policy], Policy]
-"""Turns a trained policy into the one to save, e.g. with adapters merged into the weights; may change its argument."""
+"""Turns a trained policy into the one to save, e.g. merges adapters; it leaves its argument as it is."""
 Evaluate = Callable[[Policy, int], Mapping[str, float]]
 """Judges the averaged policy at a step; returns metrics, among them ``eval/score``."""
 
@@ -140,7 +140,7 @@ class Run:
         self.ema.copy_to(self.averaged.parameters())
         for averaged, buffer in zip(self.averaged.buffers(), self.policy.buffers(), strict=True):
             averaged.copy_(buffer)
-        return self.averaged
+        return self.finish(self.averaged) if self.finish else self.averaged
 
     def save(self, best: BestBundles) -> None:
         extra = {"best": best.state(), "order": self.order()}
@@ -194,10 +194,7 @@ class Run:
 
     def save_bundle(self, path: Path, metrics: Mapping[str, float]) -> Path:
         task = {"name": self.config.task.name, **self.data.task_entry()}
-        policy = self.averaged_policy()
-        if self.finish is not None:
-            policy = self.finish(copy.deepcopy(policy))
-        return save_bundle(policy, path, task=task, provenance=self.provenance(metrics))
+        return save_bundle(self.averaged_policy(), path, task=task, provenance=self.provenance(metrics))
 
 
 def train(
@@ -216,7 +213,7 @@ def train(
         evaluate: called every ``train.evaluate_every`` steps.
         resume: continue from the run's last checkpoint.
         build: makes the policy; None: a fresh one of ``config.policy``.
-        finish: called with a copy of the averaged policy before it is saved as a bundle.
+        finish: makes of the averaged policy the one that is judged and saved.
 
     Returns:
         The bundle of the last step.

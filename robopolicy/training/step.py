@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from robopolicy.policies.base import Draws, Policy
 from robopolicy.training.config import OptimConfig
+from robopolicy.training.optimizers import adamw_8bit
 
 
 class LossModule(nn.Module):
@@ -39,8 +40,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.name == "adamw8bit":
+        return adamw_8bit(parameters, config)
     return torch.optim.AdamW(
-        model.parameters(),
+        parameters,
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,

@@ -23,7 +23,7 @@ IMAGE = "observation.image.top"
         ("trian.steps=3", ["Did you mean 'train.steps'?"]),
         ("task=push_puk", ["There is no task 'push_puk'. Did you mean 'push_puck'?"]),
         ("policy=diffusion_unt", ["There is no policy 'diffusion_unt'. Did you mean 'diffusion_unet'?"]),
-        ("train=fast", ["There is no train 'fast'.", " Known: default, demo, pusht_cpu."]),
+        ("train=fast", ["There is no train 'fast'.", " Known: default, demo, finetune, pusht_cpu."]),
         ("train.steps=abc", ["train.steps: expected int, found 'abc'"]),
         ("train.compile=3", ["train.compile: expected bool, found 3"]),
         ("train.precision=fp16", ["train.precision='fp16' must be one of 'fp32', 'bf16'"]),
