@@ -3,9 +3,9 @@
 Meta-World tasks that one arm does in one scene layout (equal observations and actions, told apart by instruction):
 
 1. Each policy trains on the first tasks together (`data.mixture`), normalised task by task, and is judged in each.
-2. A new task arrives. SDP is extended by experts and a router (`robopolicy extend`); the dense policy and SDP itself
-   are fine-tuned on the new data alone (`robopolicy finetune`), as one would without. All are judged in all tasks
-   again: forgetting is the success on the old tasks before minus after, on the same seeds.
+2. A new task arrives. SDP is extended by experts and a router (`robopolicy extend`); the dense policy is fine-tuned on
+   the new data alone (`robopolicy finetune`), as one would without. Both are judged in all tasks again: forgetting is
+   the success on the old tasks before minus after, on the same seeds.
 
 Every step is a command of robopolicy, printed before it runs, in the folder --work; what is there is not done again.
 """
@@ -82,13 +82,11 @@ def main() -> None:
             "sdp_small",
             judge("sdp extended", run / "bundles" / "last", args.episodes, everything),
         )
-    for policy in (DENSE, "sdp_small"):
-        if policy not in args.policies:
-            continue
-        run, old = work / f"{policy}_finetuned", work / policy / "bundles" / "last"
+    if DENSE in args.policies:
+        run, old = work / f"{DENSE}_finetuned", work / DENSE / "bundles" / "last"
         step(run / "bundles" / "last", f"finetune bundle={old} mode=full {short} out={run}")
-        found = judge(f"{policy} fine-tuned", run / "bundles" / "last", args.episodes, (*TASKS, NEW_TASK))
-        later[f"{policy} fine-tuned"] = policy, found
+        found = judge(f"{DENSE} fine-tuned", run / "bundles" / "last", args.episodes, (*TASKS, NEW_TASK))
+        later[f"{DENSE} fine-tuned"] = DENSE, found
     report(args, together, later)
 
 

@@ -90,5 +90,5 @@ def extend(plain: dict[str, Any], resume: bool) -> None:
             f"{plain['out']} cannot be resumed: the bundle {plain['bundle']} is not the one that it began with. "
             "Restore it, or start a new run with out=…"
         )
-    plain = {**plain, "policy": manifest["architecture"], "extends": fingerprint}
+    plain = {**plain, "policy": manifest["architecture"], "extends": fingerprint, "task_before": manifest["task"]}
     start(plain, resume, lambda data: extend_policy(old, data.spec, data.normalizer, plain["new_experts"]))

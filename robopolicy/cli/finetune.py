@@ -76,6 +76,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> dict[st
     plain = compose_config("finetune", [o for o in overrides if not o.startswith(late)], config_dir)
     manifest = read_manifest(Path(plain["bundle"]))
     plain |= {"policy": manifest["architecture"], FINGERPRINT: bundle_fingerprint(manifest)}
+    plain["task_before"] = manifest["task"]
     if not own_task:
         first = dataclass_from(DataConfig, plain["data"], "data").datasets[0]
         plain["task"] = task_of_bundle(manifest, EpisodeStore.open(first.path).fps)

@@ -233,11 +233,19 @@ class TrainingData:
         worlds = [(world.environment, world.environment_options) for world in self.environments]
         return worlds[0] if worlds and all(world == worlds[0] for world in worlds) else ("", {})
 
-    def task_entry(self) -> dict[str, Any]:
-        """What a bundle says about where its policy is judged; ``environments`` where it depends on the task."""
+    def task_entry(self, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What a bundle says about where its policy is judged; ``environments`` where it depends on the task.
+
+        Args:
+            before: the entry of the bundle that the training began with; its environments stay where their
+                instructions are not among the new data's.
+        """
         entry: dict[str, Any] = {"environment": self.environment, "environment_options": self.environment_options}
-        if len(self.environments) > 1 or any(world.instruction for world in self.environments):
-            entry["environments"] = [asdict(world) for world in self.environments]
+        found = [asdict(world) for world in self.environments]
+        here = {world["instruction"] for world in found}
+        kept = [world for world in (before or {}).get("environments", []) if world["instruction"] not in here]
+        if len(found) + len(kept) > 1 or any(here):
+            entry["environments"] = [*kept, *found]
         return entry
 
 

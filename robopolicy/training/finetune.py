@@ -23,6 +23,7 @@ from robopolicy.nets.language import encode_instructions
 from robopolicy.policies.base import Policy
 from robopolicy.policies.bundle import load_bundle
 from robopolicy.policies.registry import build_policy
+from robopolicy.policies.sdp import Sdp
 from robopolicy.spec import KeySpec, PolicySpec, TaskSpec
 from robopolicy.training.dataset import TrainingData
 
@@ -130,6 +131,8 @@ def initial_policy(config: FinetuneConfig, architecture: Mapping[str, Any], data
     """
     old, _ = load_bundle(Path(config.bundle))
     tasks, domains = joined_tasks(old.spec, data.spec, keep=config.normalization != "refit")
+    if isinstance(old, Sdp) and tasks != old.spec.tasks:
+        raise UserError(f"The routers of {config.bundle} belong to its tasks; add tasks with robopolicy extend.")
     spec = replace(data.spec, tasks=tasks)
     _check_fit(old.spec, spec, config)
     normalizer = joined_normalizer(old, data, domains)

@@ -193,7 +193,7 @@ class Run:
         }
 
     def save_bundle(self, path: Path, metrics: Mapping[str, float]) -> Path:
-        task = {"name": self.config.task.name, **self.data.task_entry()}
+        task = {"name": self.config.task.name, **self.data.task_entry(self.plain.get("task_before"))}
         return save_bundle(self.averaged_policy(), path, task=task, provenance=self.provenance(metrics))
 
 
