@@ -22,7 +22,9 @@ def mlp(*dims: int) -> nn.Sequential:
 class ChunkMlp(Denoiser):
     """Predicts a target for noised action chunks with a perceptron over chunk, noise level and context.
 
-    The first layer is the sum of three linear maps, so that those of context and level are computed once.
+    The first layer sums what chunk, level and context contribute, so that the latter two are computed once. The context
+    goes through a perceptron of its own: without, noise drowns it, and a consistency model takes several times as many
+    updates to find out what the action depends on.
 
     Args:
         chunk: length H and entries A of a chunk.
@@ -37,7 +39,7 @@ class ChunkMlp(Denoiser):
         super().__init__()
         size = chunk[0] * chunk[1]
         self.from_chunk = nn.Linear(size, hidden_dims[0])
-        self.from_context = nn.Linear(cond_dim, hidden_dims[0], bias=False)
+        self.from_context = mlp(cond_dim, *[hidden_dims[0]] * 3)
         self.from_level = nn.Sequential(
             SinusoidalEmbedding(step_embed_dim),
             mlp(step_embed_dim, 2 * step_embed_dim, step_embed_dim),

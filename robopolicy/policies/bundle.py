@@ -27,7 +27,7 @@ from robopolicy.policies.base import Policy
 from robopolicy.policies.registry import build_policy, policy_name
 from robopolicy.spec import PolicySpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: the encoder concatenated its features in another order
 WEIGHTS = ("model.safetensors", "normalizer.safetensors")
 _ENTRIES = ("format_version", "kind", "architecture", "spec", "task", "provenance", "files")
 
@@ -102,7 +102,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{file} has format_version {manifest.get('format_version')!r}, this version of robopolicy reads "
-            f"{FORMAT_VERSION}."
+            f"{FORMAT_VERSION}. Train the policy again, or use the version that wrote it."
         )
     for entry in _ENTRIES:
         if entry not in manifest:

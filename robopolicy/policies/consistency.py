@@ -1,7 +1,7 @@
 """Consistency Policy (Prasad et al., RSS 2024): a U-Net that jumps from noise to an action chunk in one to a few calls.
 
 It is distilled from a diffusion policy as a consistency trajectory model (CTM, Kim et al. 2024), or trained without a
-teacher as an improved consistency model (iCT, Song & Dhariwal 2024).
+teacher as a consistency model (iCT, Song & Dhariwal 2024; easy consistency tuning, Geng et al. 2024).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class ConsistencyConfig(DiffusionUnetConfig):
     Attributes:
         process: the noise process, for distillation the teacher's; the paper has sigma_min 0.02 and sigma_max 80.
         sampler: ``consistency`` with any number of steps; each is one network call.
-        bins: noise levels that training jumps between.
+        bins: noise levels that distillation jumps between, and that sampling chooses from; without a teacher, how
+            close the two levels of a training pair are in the end.
         start_deviation: standard deviation of the noise that sampling starts from; None: sigma_max, the level that the
             network is told. The paper's release starts from 1: its one-step policy is then almost deterministic.
         dsm_weight: weight of denoising score matching beside the distillation loss.
@@ -160,16 +161,17 @@ class ConsistencyPolicy(DenoisingPolicy):
         return self.distillation_loss(clean, cond, self.teacher.denoiser.condition(context), draws)
 
     def consistency_loss(self, clean: Tensor, cond: Conditioning, draws: Draws) -> Tensor:
-        """Neighbouring levels of one noise shall jump to the same end (iCT): no teacher, the present weights as target.
+        """Two levels of one noise shall jump to the same end: no teacher, the present weights as target (iCT).
 
-        The pseudo-Huber distance is weighted with ``1 / (t - u)``.
+        The pseudo-Huber distance has the weight ``t / (t - u)``: within a stage of the schedule all levels count the
+        same. With iCT's ``1 / (t - u)`` high levels, where sampling starts, hardly count.
         """
         t, u, noise = draws["t"], draws["u"], draws["noise"]
         end = torch.full_like(t, self.process.config.sigma_min)
         jumped = self.jump(self.process.add_noise(clean, noise, t), t, end, cond)
         with torch.no_grad():
             wanted = self.jump(self.process.add_noise(clean, noise, u), u, end, cond)
-        return (pseudo_huber(jumped, wanted) / (t - u)).mean()
+        return (pseudo_huber(jumped, wanted) * t / (t - u)).mean()
 
     def distillation_loss(self, clean: Tensor, cond: Conditioning, teacher_cond: Conditioning, draws: Draws) -> Tensor:
         """CTM's loss, and denoising score matching.

@@ -21,14 +21,23 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 # Words added to a documented command, by what it begins with; the first entry that fits counts.
+TINY = (
+    "train.steps=4 train.batch_size=8 train.threads=1 train.optim.warmup_steps=1 train.validation_windows=8 "
+    "train.tensorboard=false"
+)
+TOKENS = f"{TINY} policy.config.dim=16 policy.config.layers=1 policy.config.heads=2"
 SHORTER = {
     "record": "--episodes 3 --workers 1 --image-size 32",
     "train --resume runs/first train.steps=4000": "train.steps=6",
     "train --resume": "",
-    "train": (
-        "train.steps=4 train.batch_size=8 train.threads=1 train.optim.warmup_steps=1 train.validation_windows=8 "
-        "train.tensorboard=false policy.config.down_dims=[16,32] policy.config.step_embed_dim=16"
-    ),
+    "train policy=beso": TOKENS,
+    "train policy=diffusion_transformer_small": TOKENS,
+    "train policy=sdp_small": TOKENS,
+    "train": f"{TINY} policy.config.down_dims=[16,32] policy.config.step_embed_dim=16",
+    "distill": TINY,
+    "extend": TINY,
+    "finetune": TINY,
+    "describe": "calls=1",
     "eval": "episodes=2 videos=0",
     "identify-camera": "",
     "identify": "--steps 60 --workers 1",
@@ -58,6 +67,10 @@ PROMISED = {
     "peers_environments.md": "data/drawer_open.zarr data/pick_place.zarr/data/observation.image.scene",
     "fidelity.md": "fidelity.html results/a/report.html results/b/report.html selection.json",
     "randomization.md": "data/varied.zarr data/late.zarr",
+    "policies.md": (
+        "results/flow/report.html results/goal/report.html results/tasks/summary.json results/window/report.html "
+        "runs/dit/bundles/last runs/extended/bundles/last results/one_call/report.html runs/lora/bundles/last"
+    ),
     "scale.md": "results/processes/report.html results/ray/report.html",
     "simulation.md": (
         "data/push_puck.zarr data/noisy.zarr data/images.zarr/data/observation.image.wrist data/joints.zarr "
