@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from robopolicy.training.loop import Build, Evaluate, Finish, RunConfig
 
 SECTIONS = ("out", "task", "data", "policy", "train")
+STARTED_BY = {"bundle_fingerprint": "finetune", "teacher_fingerprint": "distill", "extends": "extend", "rl": "train-rl"}
+"""Entries of a run's configuration that tell which other verb it is of."""
 HELP = """\
 Train a policy on a dataset.
 
@@ -62,9 +64,13 @@ def run(args: argparse.Namespace) -> int:
         multirun("train", overrides, lambda plain: start(plain, resume=False), args.config_dir)
         return 0
     if args.resume is not None:
-        if "bundle_fingerprint" in started_with(args.resume):
-            raise UserError(f"{args.resume} was started by finetune. Continue it with: robopolicy finetune --resume")
-        plain = override_plain(started_with(args.resume), args.overrides) | {"out": str(args.resume)}
+        before = started_with(args.resume)
+        for entry, verb in STARTED_BY.items():
+            if entry in before:
+                raise UserError(
+                    f"{args.resume} was started by {verb}. Go on with: robopolicy {verb} --resume {args.resume}"
+                )
+        plain = override_plain(before, args.overrides) | {"out": str(args.resume)}
     else:
         plain = compose_config("train", args.overrides, args.config_dir)
     if args.print_config:

@@ -34,7 +34,7 @@ from robopolicy.policies.consistency_ac import ConsistencyAc
 from robopolicy.spec import PolicySpec
 from robopolicy.training.best import BestBundles
 from robopolicy.training.checkpoint import has_checkpoint, write_whole
-from robopolicy.training.dataset import open_datasets
+from robopolicy.training.dataset import TrainingData, open_datasets
 from robopolicy.training.distributed import Processes, join_processes
 from robopolicy.training.loop import Evaluate, Run, RunConfig
 from robopolicy.training.metrics import MetricsLog
@@ -248,7 +248,6 @@ class ActorCriticRun(Run):
             raise UserError(f"train-rl trains policy=consistency_ac, found policy.name={config.policy['name']!r}.")
         super().__init__(config, plain, processes)
         self.rl, self._collect = rl, collect
-        self.policy.critic.requires_grad_(True)
         if isinstance(self.data.training, MixtureDataset):
             raise UserError("train-rl learns from one dataset; merge several with robopolicy data merge.")
         (store,) = open_datasets(config.task, config.data)
@@ -269,6 +268,12 @@ class ActorCriticRun(Run):
         log.info("%d transitions, %d of them end in success", len(found), ends)
         if rl.eta and not ends:
             log.warning("no episode of %s succeeded; critics learn little from it", config.data.path)
+
+    def _fresh(self, data: TrainingData) -> Policy:
+        policy = super()._fresh(data)
+        assert isinstance(policy, ConsistencyAc)
+        policy.critic.requires_grad_(True)  # before the optimiser is built, which takes what has gradients
+        return policy
 
     def improve(self) -> dict[str, Tensor]:
         """Do the next update; returns what is worth logging, on the device."""

@@ -35,9 +35,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "dit flow": ("diffusion_transformer", {"dim": 64, "layers": 2, "heads": 4} | FLOW),
     "beso": ("beso", GPT | BESO),
     "mode": ("mode", GPT | EDM | {"expert_hidden": 128}),
+    "consistency": ("consistency", UNET | {"process": {"name": "edm", "sigma_min": 0.02}}),
+    "consistency actor": ("consistency_ac", {"hidden_dims": [128, 128], "levels": 20}),
     "sdp": ("sdp", {"dim": 64, "layers": 2, "heads": 4} | SAMPLE),
 }
 UPDATES = {"beso": 900, "mode": 900, "sdp": 600, "dit flow": 600}  # 300 for the others, which fit faster
+# Without a teacher consistency models fit slowly; what they reach with one is tested in tests/training/test_distill.py.
+LARGEST_ERROR = {"consistency": 190, "consistency actor": 190}
 TOLD = {name: family for name, family in FAMILIES.items() if family[0] not in ("consistency_ac",)}
 
 
@@ -54,8 +58,11 @@ def make(family, low=-1.0, high=1.0, images=False, goals=False, tasks=0, **chang
         goals=(STATE,) if goals else (),
         tasks=tuple(TaskSpec(f"task {i}", domain=i) for i in range(tasks)),
     )
-    part = fit_normalizer(np.array([[low, low], [high, high]]), "minmax")
-    parts = {key: AffineNormalizer.stack([part] * spec.domains) for key in ("observation.state", "action")}
+    limits = np.array([[low, low], [high, high]])
+    parts = {
+        key: AffineNormalizer.stack([fit_normalizer(limits, "minmax") for _ in range(spec.domains)])
+        for key in ("observation.state", "action")
+    }
     return build_policy(name, config | changes, spec, Normalizer.from_parts(parts))
 
 
@@ -117,7 +124,8 @@ def test_overfits_one_batch_in_physical_units(family):
     fit(policy, batch, UPDATES.get(family, 300))
     chunk = policy.act(observations_of(policy, batch), generators(16))
     assert chunk.shape == (16, 4, 2) and chunk.dtype == np.float32
-    assert np.abs(chunk - batch["action"][:, 1:5].numpy()).mean() < 60  # of a range of 1000
+    error = np.abs(chunk - batch["action"][:, 1:5].numpy()).mean()
+    assert error < LARGEST_ERROR.get(family, 60)  # of a range of 1000, at random about 250
 
 
 @pytest.mark.parametrize("family", FAMILIES)

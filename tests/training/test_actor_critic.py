@@ -92,6 +92,11 @@ def test_the_actor_moves_to_the_better_mode_only_if_it_is_asked_to(bandit, tmp_p
     bundle = train_actor_critic(*configured(bandit, tmp_path / "cloned", *overrides, "rl.eta=0"))
     cloned = actions_of(bundle)
     assert 0.2 < (cloned > 0).mean() < 0.4
+    policy, _ = load_bundle(bundle)
+    state, action = torch.zeros(5, 1, 1), torch.tensor([-0.6, -0.5, -0.4, 0.4, 0.6]).view(-1, 1, 1)
+    context = policy.encoder(policy.normalized({"observation.state": state}))
+    values = policy.values(context, policy.normalizer["action"].normalize(action))
+    torch.testing.assert_close(values, (1 - (action.flatten() - 0.5) ** 2).expand(2, 5), atol=0.15, rtol=0)
     chosen = actions_of(bundle, candidates=20, temperature=0.0)  # its critics know better
     assert np.abs(chosen - 0.5).mean() < 0.2 < np.abs(cloned - 0.5).mean()
 
