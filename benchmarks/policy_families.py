@@ -12,8 +12,9 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,10 @@ from results import machine, print_table, save_json
 from robopolicy.errors import UserError
 from robopolicy.evaluation.environments import Environment, environment
 from robopolicy.evaluation.evaluate import evaluate
-from robopolicy.evaluation.results import EvaluationResult
+from robopolicy.evaluation.results import EvaluationResult, task_of
 from robopolicy.evaluation.statistics import paired_difference
 from robopolicy.policies.base import Policy
-from robopolicy.policies.bundle import load_bundle
+from robopolicy.policies.bundle import bundle_fingerprint, load_bundle
 
 WARM_UP = 3
 
@@ -51,16 +52,8 @@ def main() -> None:
     wait_passively()
     entries = []
     for text in args.policies:
-        name, policy, world = load(text)
-        result = evaluate(
-            policy,
-            world,
-            episodes=args.episodes,
-            first_seed=args.first_seed,
-            batch_size=50,
-            videos=0,
-            out=args.out / name if args.out else None,
-        )
+        name, policy, world, info = load(text)
+        result = judge(policy, world, info, args.out / name if args.out else None, args)
         print(f"{name}: score {result.metric('mean_score').value:.3f}", file=sys.stderr, flush=True)
         entries.append(Entry(name, policy, result, []))
     time_alternating(entries, args.rounds)
@@ -94,8 +87,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(text: str) -> tuple[str, Policy, Environment]:
-    """Name, policy and environment of one argument.
+def judge(
+    policy: Policy, world: Environment, info: dict[str, Any], out: Path | None, args: argparse.Namespace
+) -> EvaluationResult:
+    """Play the episodes, unless ``out`` holds those of the same policy, sampler, environment and seeds."""
+    seeds = range(args.first_seed, args.first_seed + args.episodes)
+    if out is not None and (out / "protocol.json").exists():
+        result = EvaluationResult.load(out)
+        if result.protocol.policy == info and result.protocol.task == task_of(world, seeds):
+            return result
+    how = {"episodes": args.episodes, "first_seed": args.first_seed, "batch_size": 50, "videos": 0}
+    return evaluate(policy, world, out=out, policy_info=info, **how)
+
+
+def load(text: str) -> tuple[str, Policy, Environment, dict[str, Any]]:
+    """Name, policy and environment of one argument, and what identifies the policy.
 
     Raises:
         UserError: it does not read NAME=BUNDLE[@SOLVER:STEPS].
@@ -110,7 +116,8 @@ def load(text: str) -> tuple[str, Policy, Environment]:
         policy.sampler = replace(policy.sampler, name=solver, steps=int(steps))
     policy.check_sampler(policy.sampler)
     task = manifest["task"]
-    return name, policy, environment(task["environment"], task.get("environment_options"))
+    info = {"fingerprint": bundle_fingerprint(manifest), "sampler": asdict(policy.sampler)}
+    return name, policy, environment(task["environment"], task.get("environment_options")), info
 
 
 def time_alternating(entries: list[Entry], rounds: int) -> None:
