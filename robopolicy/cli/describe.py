@@ -44,6 +44,7 @@ class Sampler:
 
     name: str | None = None
     steps: int | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
