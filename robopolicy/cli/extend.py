@@ -14,11 +14,12 @@ from robopolicy.errors import UserError
 HELP = """\
 Teach a policy a new task without changing what it does in the ones it knows.
 
-  robopolicy train task=arm_state policy=sdp_small task.multitask=true data.path=lift.zarr
-  robopolicy extend bundle=runs/…/bundles/last task=arm_state data.path=stack.zarr instruction="stack the blocks"
+  robopolicy train task=arm_state task.name=lift policy=sdp_small task.multitask=true data.path=lift.zarr
+  robopolicy extend bundle=runs/lift/…/bundles/last task=arm_state task.name=stack data.path=stack.zarr \
+      instruction="stack the blocks"
   robopolicy extend bundle=… task=… data.path=… new_experts=0         transfer: only a router is trained
   robopolicy extend bundle=… task=… 'data.mixture=[{path: a.zarr}, {path: b.zarr}]'      several tasks at once
-  robopolicy extend --resume runs/arm_state/extended-seed42           go on after a crash
+  robopolicy extend --resume runs/stack/extended-seed42           go on after a crash
 
 For policies with task routers (policy=sdp) that were trained on tasks. The new data has the same observation and
 action keys; it is normalised by its own ranges. In each layer experts are added, and a router for the new task; all
