@@ -46,7 +46,7 @@ UPDATES = {
     "dit flow": 600,
     "consistency actor": 900,
 }  # 300 for the others, which fit faster
-# Causal transformers and the actor's perceptron of this size are still a little blurred after so few updates; they find the modes all the same.
+# These are still a little blurred after so few updates; they find the modes all the same.
 AT_A_MODE = {"beso": 0.8, "mode": 0.88, "consistency actor": 0.7}
 # Without a teacher consistency models fit slowly: fewer chunks, smaller steps; see tests/training/test_distill.py, too.
 ROWS = {"consistency": 4}
