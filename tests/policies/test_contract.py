@@ -40,6 +40,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "sdp": ("sdp", {"dim": 64, "layers": 2, "heads": 4} | SAMPLE),
 }
 UPDATES = {
+    "unet edm": 900,
+    "unet flow": 900,
     "beso": 900,
     "mode": 900,
     "sdp": 600,
