@@ -53,7 +53,7 @@ AT_A_MODE = {"beso": 0.8, "mode": 0.88, "consistency actor": 0.7}
 # Without a teacher consistency models fit slowly: fewer chunks, smaller steps; see tests/training/test_distill.py, too.
 ROWS = {"consistency": 4}
 RATE = {"consistency": 1e-3}
-LARGEST_ERROR = {"consistency": 110, "consistency actor": 130}
+LARGEST_ERROR = {"unet edm": 110, "consistency": 110, "consistency actor": 130}
 TOLD = {name: family for name, family in FAMILIES.items() if family[0] not in ("consistency_ac",)}
 
 
