@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from robopolicy.cli.compose import compose_config
+from robopolicy.cli.evaluate import Sampler, override_sampler
 from robopolicy.errors import UserError
 
 HELP = """\
@@ -36,15 +37,6 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see above and configs/describe.yaml")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Overrides of the bundle's sampler; None keeps its value."""
-
-    name: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +79,7 @@ def description(settings: Settings) -> dict[str, Any]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     policy, manifest = load_bundle(Path(settings.bundle), join_processes(settings.device).device)
-    policy.sampler = replace(policy.sampler, **{k: v for k, v in asdict(settings.sampler).items() if v is not None})
-    policy.check_sampler(policy.sampler)
+    override_sampler(policy, settings.sampler)
     found = cost(policy)
     return {
         "bundle": settings.bundle,

@@ -99,8 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(settings.bundle).resolve()
     policy, manifest = load_bundle(path, join_processes(settings.device).device)
-    policy.sampler = replace(policy.sampler, **{k: v for k, v in asdict(settings.sampler).items() if v is not None})
-    policy.check_sampler(policy.sampler)  # before any episode
+    override_sampler(policy, settings.sampler)
     places = judged_in(settings, manifest["task"])
     goal = set_goal(policy, settings.goal)
     place = places[0] if len(places) == 1 else None
@@ -135,6 +134,16 @@ def run(args: argparse.Namespace) -> int:
         _print_metrics(evaluate(policy, place.world(), out=out, training_curve=loss, **common))
     print(f"report: {out / 'report.html'}")
     return 0
+
+
+def override_sampler(policy: Policy, sampler: Sampler) -> None:
+    """Replace what ``sampler`` names in the policy's sampler.
+
+    Raises:
+        UserError: the policy cannot be sampled so.
+    """
+    policy.sampler = replace(policy.sampler, **{k: v for k, v in asdict(sampler).items() if v is not None})
+    policy.check_sampler(policy.sampler)
 
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:
