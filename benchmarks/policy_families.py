@@ -21,12 +21,12 @@ import torch
 from fresh_process import wait_passively
 from results import machine, print_table, save_json
 
-from robopolicy.bundle import bundle_fingerprint
 from robopolicy.errors import UserError
 from robopolicy.evaluation.environments import Environment, environment
 from robopolicy.evaluation.evaluate import evaluate
 from robopolicy.evaluation.results import EvaluationResult, task_of
 from robopolicy.evaluation.statistics import paired_difference
+from robopolicy.manifest import bundle_fingerprint
 from robopolicy.policies.base import Policy
 from robopolicy.policies.bundle import load_bundle
 

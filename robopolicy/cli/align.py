@@ -68,9 +68,9 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> dict[st
     Raises:
         UserError: see `compose_config`; also where no critic is given.
     """
-    from robopolicy.bundle import read_manifest
     from robopolicy.configuration import dataclass_from
     from robopolicy.data.store import EpisodeStore
+    from robopolicy.manifest import read_manifest
     from robopolicy.training.config import DataConfig
     from robopolicy.training.finetune import task_of_bundle
 
@@ -89,7 +89,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> dict[st
 
 def fingerprints(plain: Mapping[str, Any]) -> dict[str, str]:
     """Those of the policy and of the critic, as they are now."""
-    from robopolicy.bundle import bundle_fingerprint, read_manifest
+    from robopolicy.manifest import bundle_fingerprint, read_manifest
 
     manifests = read_manifest(Path(plain["bundle"])), read_manifest(Path(plain["critic"]), "critic")
     return {name: bundle_fingerprint(found) for name, found in zip(FINGERPRINTS, manifests, strict=True)}

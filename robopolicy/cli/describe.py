@@ -72,7 +72,7 @@ def description(settings: Settings) -> dict[str, Any]:
     """All that is said of a bundle, as JSON values."""
     import torch
 
-    from robopolicy.bundle import bundle_fingerprint
+    from robopolicy.manifest import bundle_fingerprint
     from robopolicy.policies.bundle import load_bundle
     from robopolicy.policies.cost import act_latency, cost
     from robopolicy.training.distributed import join_processes

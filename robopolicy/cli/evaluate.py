@@ -96,11 +96,11 @@ def run(args: argparse.Namespace) -> int:
     from robopolicy.configuration import dataclass_from
 
     settings = dataclass_from(Settings, composed(args.overrides), "")
-    from robopolicy.bundle import bundle_fingerprint
     from robopolicy.evaluation.evaluate import evaluate, evaluate_suite
     from robopolicy.evaluation.launch.launcher import player
     from robopolicy.evaluation.suite import load_suite
     from robopolicy.evaluation.tasks import evaluate_tasks
+    from robopolicy.manifest import bundle_fingerprint
     from robopolicy.policies.bundle import load_bundle
     from robopolicy.training.distributed import join_processes
     from robopolicy.training.metrics import curve
@@ -170,7 +170,7 @@ def steer(policy: Policy, settings: Settings) -> Policy | SteeredPolicy:
 
 def steering_entry(plain: Mapping[str, Any]) -> dict[str, Any]:
     """What the protocol says of the steering: its settings, and the fingerprint of each bundle that they name."""
-    from robopolicy.bundle import bundle_fingerprint, read_manifest
+    from robopolicy.manifest import bundle_fingerprint, read_manifest
 
     def bundles(value: Any) -> Iterator[str]:
         if isinstance(value, (Mapping, list, tuple)):

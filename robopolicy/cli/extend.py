@@ -81,7 +81,7 @@ def extend(plain: dict[str, Any], resume: bool) -> None:
     Raises:
         UserError: also where a run is resumed and its bundle is another one now.
     """
-    from robopolicy.bundle import bundle_fingerprint
+    from robopolicy.manifest import bundle_fingerprint
     from robopolicy.policies.bundle import load_bundle
     from robopolicy.training.extend import extend_policy
 

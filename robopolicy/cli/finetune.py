@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> dict[str, Any]:
     """The configuration: ``finetune.yaml`` with the bundle's architecture and task, then the overrides of these."""
-    from robopolicy.bundle import bundle_fingerprint, read_manifest
     from robopolicy.configuration import dataclass_from
     from robopolicy.data.store import EpisodeStore
+    from robopolicy.manifest import bundle_fingerprint, read_manifest
     from robopolicy.training.config import DataConfig
     from robopolicy.training.finetune import task_of_bundle
 
@@ -92,8 +92,8 @@ def finetune(plain: Mapping[str, Any], resume: bool) -> None:
     Raises:
         UserError: also where a run is resumed and its bundle is another one now.
     """
-    from robopolicy.bundle import bundle_fingerprint, read_manifest
     from robopolicy.configuration import dataclass_from
+    from robopolicy.manifest import bundle_fingerprint, read_manifest
     from robopolicy.training.finetune import FinetuneConfig, initial_policy, merge_adapters
 
     config = dataclass_from(FinetuneConfig, {name: plain[name] for name in START}, "")

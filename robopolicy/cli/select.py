@@ -105,11 +105,11 @@ def load_candidate(
     Raises:
         UserError: the results are of another policy, or a dataset is missing or does not fit the policy.
     """
-    from robopolicy.bundle import bundle_fingerprint
     from robopolicy.data.store import EpisodeStore
     from robopolicy.evaluation.features import encode_dataset
     from robopolicy.evaluation.results import Protocol
     from robopolicy.evaluation.selection import Candidate
+    from robopolicy.manifest import bundle_fingerprint
     from robopolicy.policies.bundle import load_bundle
     from robopolicy.training.distributed import join_processes
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from robopolicy.bundle import load_weights, read_manifest, write_bundle
+from robopolicy.bundle import load_weights, write_bundle
 from robopolicy.data.normalize import AffineNormalizer, Normalizer
+from robopolicy.manifest import read_manifest
 from robopolicy.policies.base import Policy
 from robopolicy.policies.registry import build_policy, policy_name
 from robopolicy.spec import PolicySpec

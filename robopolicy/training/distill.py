@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robopolicy.bundle import bundle_fingerprint
 from robopolicy.configuration import dataclass_from
 from robopolicy.diffusion.edm import EdmConfig
 from robopolicy.errors import UserError
+from robopolicy.manifest import bundle_fingerprint
 from robopolicy.policies.bundle import load_bundle
 from robopolicy.policies.consistency import ConsistencyConfig, ConsistencyPolicy
 from robopolicy.policies.diffusion_unet import DiffusionUnet

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from robopolicy.bundle import load_weights, read_manifest, write_bundle
+from robopolicy.bundle import load_weights, write_bundle
 from robopolicy.configuration import dataclass_from
 from robopolicy.data.normalize import AffineNormalizer, Normalizer
 from robopolicy.errors import UserError, did_you_mean
+from robopolicy.manifest import read_manifest
 from robopolicy.spec import PolicySpec
 from robopolicy.values.model import Critic, CriticConfig, ValueMeaning
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from robopolicy.bundle import bundle_fingerprint, read_manifest
 from robopolicy.cli.align import compose
 from robopolicy.cli.main import main
 from robopolicy.configuration import dataclass_from
+from robopolicy.manifest import bundle_fingerprint, read_manifest
 from robopolicy.policies.bundle import load_bundle
 from robopolicy.training.align import AlignRun, policy_to_align
 from robopolicy.training.best import BestBundles

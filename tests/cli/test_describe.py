@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from robopolicy.bundle import bundle_fingerprint, read_manifest
 from robopolicy.cli.main import main
+from robopolicy.manifest import bundle_fingerprint, read_manifest
 from robopolicy.policies.bundle import load_bundle
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from robopolicy.bundle import bundle_fingerprint, read_manifest
 from robopolicy.cli.main import main
 from robopolicy.data.normalize import Normalizer, fit_normalizer
 from robopolicy.data.schema import ArraySpec
 from robopolicy.data.store import EpisodeStore
+from robopolicy.manifest import bundle_fingerprint, read_manifest
 from robopolicy.policies.bundle import save_bundle
 from robopolicy.policies.registry import build_policy
 from robopolicy.spec import KeySpec, PolicySpec

@@ -3,8 +3,8 @@ import pytest
 import torch
 import yaml
 
-from robopolicy.bundle import bundle_fingerprint, read_manifest
 from robopolicy.errors import UserError
+from robopolicy.manifest import bundle_fingerprint, read_manifest
 from robopolicy.policies.bundle import load_bundle, save_bundle
 
 

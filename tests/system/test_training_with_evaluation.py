@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from robopolicy.bundle import read_manifest
 from robopolicy.cli.main import main
+from robopolicy.manifest import read_manifest
 
 pytest.importorskip("robopolicy_sim", reason="needs the simulator: pip install 'robopolicy[sim]'")
 
