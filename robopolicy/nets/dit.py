@@ -106,7 +106,7 @@ class DiffusionTransformer(Denoiser):
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: normalise tokens (B, N, dim), then scale by 1 + scale and shift, each (B, 1, dim)."""
-    return torch.addcmul(shift, layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return torch.addcmul(shift, layer_norm(x, (int(x.shape[-1]),), eps=1e-6), 1 + scale)
 
 
 def _init(module: nn.Module) -> None:

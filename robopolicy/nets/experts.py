@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot, silu
 
 from robopolicy.errors import UserError
+from robopolicy.nets.capture import capturing
 from robopolicy.nets.context import Context, ContextSize
 from robopolicy.nets.denoiser import Conditioning
 from robopolicy.nets.transformer import INIT_STD, GptDenoiser
@@ -87,9 +88,9 @@ class StackedExperts(nn.Module):
     def _gathered(self, tokens: Tensor, route: Chosen) -> Tensor:
         """Copies the weights of each row's experts: for graphs, where a choice must be a tensor."""
         x = tokens.reshape(len(route.index), 1, -1, tokens.shape[-1])
-        h = swiglu(x @ self.up[route.index].mT + self.up_bias[route.index].unsqueeze(2))
-        out = h @ self.down[route.index].mT
-        return (out * route.weight[:, :, None, None]).sum(1).reshape(tokens.shape)
+        h = swiglu(x @ self.up[route.index].transpose(-2, -1) + self.up_bias[route.index].unsqueeze(2))
+        out = h @ self.down[route.index].transpose(-2, -1)
+        return (out * route.weight[:, :, None, None]).sum(1).reshape(tokens.shape).to(tokens.dtype)
 
     @torch.compiler.disable  # lengths depend on data
     def _grouped(self, tokens: Tensor, route: Grouped) -> Tensor:
@@ -138,7 +139,7 @@ class Routes:
         """What each layer's `StackedExperts` is told; weights get gradients."""
         index, weight, experts = self._of_stack()
         rows, _, k = index.shape
-        if rows == 1 or torch.compiler.is_exporting():
+        if rows == 1 or capturing():
             return [Chosen(i, w) for i, w in zip(index.unbind(1), weight.unbind(1), strict=True)]
         assigned = index.transpose(0, 1).flatten(1)
         counts = one_hot(assigned, experts).sum(1).cpu()  # the only wait for the device, for all layers together

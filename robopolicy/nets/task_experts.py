@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad, scaled_dot_product_attention
 
 from robopolicy.errors import UserError
+from robopolicy.nets.capture import capturing
 from robopolicy.nets.context import Context, ContextSize
 from robopolicy.nets.denoiser import Conditioning, Denoiser
 from robopolicy.nets.transformer import INIT_STD, ActionTokens, ContextTokens, Mlp, check_transformer
@@ -333,7 +334,7 @@ class SdpDenoiser(Denoiser):
         return kept.bernoulli_(1 - rate, generator=generator).div_(1 - rate)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
-        if not torch.compiler.is_exporting():
+        if not capturing():
             return self.denoise(x, noise, cond)[0]
         memory, task = self._memory(x, noise, cond), cond[1]
         h = self.action_tokens(x)

@@ -28,13 +28,17 @@ class ExportGraph:
 
     Attributes:
         module: its forward takes ``inputs`` and returns a tensor or a tuple of tensors.
-        inputs: example inputs, rows first.
+        inputs: example inputs, rows first, but for ``shared``.
         names: names of the inputs.
+        outputs: names of the outputs.
+        shared: inputs that all rows have in common.
     """
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
     names: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shared: tuple[str, ...] = ()
 
 
 class Policy(nn.Module, ABC):
@@ -107,10 +111,16 @@ class Policy(nn.Module, ABC):
         """Calls of the denoising network for one chunk with the present sampler."""
 
     @abstractmethod
-    def export_graphs(self, observations: Mapping[str, Tensor]) -> dict[str, ExportGraph]:
-        """The parts of the policy that an inference engine runs, with example inputs made from observations.
+    def export_graphs(
+        self, observations: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> dict[str, ExportGraph]:
+        """The parts of the policy that an inference engine runs, see `robopolicy.policies.graphs`.
 
         Each module takes and returns tensors only and draws no random numbers.
+
+        Args:
+            observations: as for `sample`; what the example inputs are made from.
+            dtype: in which networks compute; everything that crosses a border, and the solver, stays float32.
         """
 
     @property

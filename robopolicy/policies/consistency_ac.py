@@ -242,14 +242,16 @@ class ConsistencyAc(DenoisingPolicy):
         chosen = choose(values, self.config.temperature, uniform)
         return chunks.view(rows, count, *chunks.shape[1:])[torch.arange(rows, device=chosen.device), chosen]
 
-    def export_graphs(self, observations: Mapping[str, Tensor]) -> dict[str, ExportGraph]:
-        graphs = super().export_graphs(observations)
+    def export_graphs(
+        self, observations: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> dict[str, ExportGraph]:
+        graphs = super().export_graphs(observations, dtype)
         if self.config.candidates > 1:
             keys = [key.key for key in self.spec.observations]
             rows = len(observations[keys[0]])
             chunk = torch.zeros(rows, self.spec.horizon, self.spec.action.dim, device=self.device)
             inputs = (*(observations[key] for key in keys), chunk)
-            graphs["critic"] = ExportGraph(_CriticGraph(self, keys), inputs, (*keys, "chunk"))
+            graphs["critic"] = ExportGraph(_CriticGraph(self, keys), inputs, (*keys, "chunk"), ("value",))
         return graphs
 
 

@@ -20,10 +20,11 @@ from robopolicy.diffusion.sampling import Generators, Steps, draw_noise, sample_
 from robopolicy.errors import UserError
 from robopolicy.nets.context import Context
 from robopolicy.nets.denoiser import Conditioning, Denoiser
-from robopolicy.nets.language import LANGUAGE, LanguageConfig
+from robopolicy.nets.language import LanguageConfig
 from robopolicy.nets.observation import ImageEncoderConfig, ObservationEncoder
 from robopolicy.policies.base import Draws, ExportGraph, Policy
-from robopolicy.spec import GOAL, TASK, PolicySpec
+from robopolicy.policies.graphs import DenoiserGraph, EncoderGraph, SamplerGraph, encoder_keys, encoder_outputs
+from robopolicy.spec import PolicySpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,41 +210,31 @@ class DenoisingPolicy(Policy):
         prediction = self.denoiser(self.process.network_input(x, t), noise, cond)
         return self.process.clean_estimate(prediction.float(), x, t)
 
-    def export_graphs(self, observations: Mapping[str, Tensor]) -> dict[str, ExportGraph]:
-        keys = [k.key for k in self.spec.observations] + [GOAL + k.key for k in self.spec.goals]
-        keys += [key for key in (TASK, LANGUAGE) if self.spec.tasks and key in observations]
+    def export_graphs(
+        self, observations: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> dict[str, ExportGraph]:
+        keys = encoder_keys(self)
         inputs = tuple(observations[key] for key in keys)
-        encoder = _EncoderGraph(self, keys)
-        cond = encoder(*inputs)
-        x = torch.zeros(len(inputs[0]), self.spec.horizon, self.spec.action.dim, device=self.device)
-        t = self.process.solver(self.sampler).levels[:1].to(self.device)
+        encoder = EncoderGraph(self, keys, dtype)
+        with torch.no_grad():
+            found = encoder(*inputs)
+        names = encoder_outputs(self, len(found))
+        sampler = SamplerGraph(self, dtype)
+        rows, chunk = len(inputs[0]), (self.spec.horizon, self.spec.action.dim)
+        noise = torch.zeros(rows, sampler.table.noises, *chunk, device=self.device)
+        x = torch.zeros(rows, *chunk, device=self.device)
+        t = sampler.table.levels[:1].to(self.device)
+        told = [(name, value) for name, value in zip(names, found, strict=True) if name.startswith("cond_")]
         return {
-            "encoder": ExportGraph(encoder, inputs, tuple(keys)),
+            "encoder": ExportGraph(encoder, inputs, keys, names),
+            "sampler": ExportGraph(
+                sampler, (noise, x, x[..., 0], *found), ("noise", "previous", "mask", *names), ("chunk",)
+            ),
             "denoiser": ExportGraph(
-                _DenoiserGraph(self), (x, t, *cond), ("x", "t", *(f"cond_{i}" for i in range(len(cond))))
+                DenoiserGraph(self, dtype),
+                (x, t, *(value for _, value in told)),
+                ("x", "t", *(name for name, _ in told)),
+                ("clean",),
+                shared=("t",),
             ),
         }
-
-
-class _EncoderGraph(nn.Module):
-    """Observations in physical units to the conditioning of a chunk."""
-
-    def __init__(self, policy: DenoisingPolicy, keys: list[str]) -> None:
-        super().__init__()
-        self.policy, self.keys = policy, keys
-
-    def forward(self, *inputs: Tensor) -> Conditioning:
-        observations = dict(zip(self.keys, inputs, strict=True))
-        return self.policy.denoiser.condition(self.policy.encoder(self.policy.normalized(observations)))
-
-
-class _DenoiserGraph(nn.Module):
-    """x (B, H, A), its level t (1,) and the conditioning to the clean-sample estimate (B, H, A)."""
-
-    def __init__(self, policy: DenoisingPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
-        noise = self.policy.denoiser.embed(self.policy.process.network_level(t))
-        return self.policy.clean(x, t, noise, cond)
