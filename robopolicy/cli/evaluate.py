@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from robopolicy.evaluation.statistics import Interval
     from robopolicy.evaluation.suite_results import SuiteResult
     from robopolicy.evaluation.tasks import TaskPlace, TasksResult
+    from robopolicy.export.engine_policy import EnginePolicy
     from robopolicy.policies.base import Policy
     from robopolicy.steering.policy import SteeredPolicy
 
@@ -29,6 +30,7 @@ Judge a policy in simulation: every number comes with its definition, n and a 95
   robopolicy eval bundle=… suite=variant_aggregation out=results/variants
   robopolicy eval bundle=… environment=drawer_open instruction='open the left drawer'
   robopolicy eval bundle=… goal=demos.zarr#7@120
+  robopolicy eval bundle=… engine=openvino-fp32
   robopolicy eval bundle=… steering=vgps steering.vgps.critic=runs/critic/bundles/last steering.vgps.candidates=30
 
 The folder `out` gets report.html (self-contained, with videos), summary.json, episodes.jsonl, protocol.json. Episode i
@@ -88,6 +90,7 @@ class Settings:
     instruction: str | None = None
     goal: str | None = None
     out: str | None = None
+    engine: str | None = None
     sampler: Sampler = field(default_factory=Sampler)
     steering: dict[str, Any] = field(default_factory=dict)
 
@@ -119,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     where = place.environment.rpartition("/")[-1] if place else "tasks"
     parts = [path.name, where, *([suite.name] if suite else []), str(settings.episodes)]
     out = Path(settings.out or run_folder / "eval" / "-".join(parts))
-    steered = steer(policy, settings)
+    steered = with_engine(policy, settings, path) if settings.engine else steer(policy, settings)
     launch = {key: getattr(settings, key) for key in ("shard_size", "threads", "ray_address", "ray_gpus")}
     batches = {key: getattr(settings, key) for key in ("batch_size", "shard_size", "threads")}
     common: dict[str, Any] = {
@@ -128,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
             "sampler": asdict(policy.sampler),
             "batches": batches,  # they decide the last digits
             **({"goal": goal} if goal else {}),
+            **({"engine": settings.engine} if settings.engine else {}),
             **steering_entry(settings.steering),
         },
         "player": player(settings.launcher, **launch),
@@ -144,6 +148,25 @@ def run(args: argparse.Namespace) -> int:
         _print_metrics(evaluate(steered, place.world(), out=out, training_curve=loss, **common))
     print(f"report: {out / 'report.html'}")
     return 0
+
+
+def with_engine(policy: Policy, settings: Settings, bundle: Path) -> EnginePolicy:
+    """An engine of the bundle in the place of its policy.
+
+    Raises:
+        UserError: it cannot be opened; or the settings ask for what is fixed in an engine.
+    """
+    from robopolicy.export.engine_policy import EnginePolicy
+    from robopolicy.inference.policy import open_engine
+
+    if settings.steering or any(value is not None for value in asdict(settings.sampler).values()):
+        raise UserError("An engine samples as it was exported; leave steering and sampler out, or export another one.")
+    if settings.launcher != "local":
+        raise UserError(f"launcher={settings.launcher} plays policies in torch only; use launcher=local.")
+    assert settings.engine is not None
+    engine = open_engine(bundle, settings.engine, threads=settings.threads)
+    engine.instruction, engine.goal = policy.instruction, policy.goal
+    return EnginePolicy(engine)
 
 
 def steer(policy: Policy, settings: Settings) -> Policy | SteeredPolicy:

@@ -16,6 +16,7 @@ from robopolicy.data.normalize import Normalizer
 from robopolicy.diffusion.process import SamplerConfig
 from robopolicy.diffusion.sampling import Generators
 from robopolicy.errors import UserError
+from robopolicy.inference.observations import checked_observations
 from robopolicy.nets.language import LANGUAGE, instruction_encoder
 from robopolicy.spec import GOAL, INSTRUCTION, TASK, KeySpec, PolicySpec
 
@@ -167,17 +168,8 @@ class Policy(nn.Module, ABC):
 
     def checked(self, observations: Mapping[str, Any]) -> dict[str, Any]:
         """What `sample` needs of the observations that `act` gets, on the CPU; raises as `act` does."""
-        steps = self.spec.n_obs_steps
-        checked: dict[str, Any] = {
-            k.key: checked_array(k.key, k, (steps, *k.shape), observations) for k in self.spec.observations
-        }
+        checked: dict[str, Any] = dict(checked_observations(self.spec, observations, self.goal))
         rows = len(next(iter(checked.values())))
-        for key in self.spec.goals:
-            name = GOAL + key.key
-            given = observations
-            if name not in observations and key.key in self.goal:
-                given = {name: np.repeat(np.asarray(self.goal[key.key])[None], rows, axis=0)}
-            checked[name] = checked_array(name, key, key.shape, given)
         if self.spec.tasks:
             texts = observations.get(INSTRUCTION, [self.instruction] * rows)
             if isinstance(texts, str) or len(texts) != rows:
@@ -201,13 +193,3 @@ class Policy(nn.Module, ABC):
         assert encoder is not None  # of every family that takes tasks
         task, language = encoder.understand(given)
         return {TASK: task} if language is None else {TASK: task, LANGUAGE: language}
-
-
-def checked_array(name: str, key: KeySpec, wanted: tuple[int, ...], observations: Mapping[str, Any]) -> np.ndarray:
-    """The array (B, *wanted) of a key, uint8 for images and else float32; a `UserError` where it is not so."""
-    if name not in observations:
-        raise UserError(f"The observation lacks '{name}'; found {sorted(observations)}.")
-    value = np.asarray(observations[name], dtype=np.uint8 if key.role == "image" else np.float32)
-    if value.shape[1:] != wanted:
-        raise UserError(f"{name}: found shape {value.shape}, wanted (batch, {', '.join(map(str, wanted))}).")
-    return value

@@ -247,22 +247,35 @@ class ConsistencyAc(DenoisingPolicy):
     ) -> dict[str, ExportGraph]:
         graphs = super().export_graphs(observations, dtype)
         if self.config.candidates > 1:
-            keys = [key.key for key in self.spec.observations]
-            rows = len(observations[keys[0]])
-            chunk = torch.zeros(rows, self.spec.horizon, self.spec.action.dim, device=self.device)
-            inputs = (*(observations[key] for key in keys), chunk)
-            graphs["critic"] = ExportGraph(_CriticGraph(self, keys), inputs, (*keys, "chunk"), ("value",))
+            keys = tuple(key.key for key in self.spec.observations)
+            inputs = tuple(observations[key] for key in keys)
+            encoder = _CriticEncoderGraph(self, keys)
+            chunk = torch.zeros(len(inputs[0]), self.spec.horizon, self.spec.action.dim, device=self.device)
+            with torch.no_grad():
+                features = encoder(*inputs)
+            graphs["critic_encoder"] = ExportGraph(encoder, inputs, keys, ("features",))
+            graphs["critic"] = ExportGraph(_CriticGraph(self), (features, chunk), ("features", "chunk"), ("value",))
         return graphs
 
 
-class _CriticGraph(nn.Module):
-    """Observations in physical units and normalised chunks (B, H, A) to the smaller value (B,)."""
+class _CriticEncoderGraph(nn.Module):
+    """Observations in physical units to what the critics see of them, (B, F)."""
 
-    def __init__(self, policy: ConsistencyAc, keys: list[str]) -> None:
+    def __init__(self, policy: ConsistencyAc, keys: tuple[str, ...]) -> None:
         super().__init__()
         self.policy, self.keys = policy, keys
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        observations = dict(zip(self.keys, inputs[:-1], strict=True))
-        context = self.policy.encoder(self.policy.normalized(observations))
-        return self.policy.values(context, inputs[-1]).amin(dim=0)
+        return self.policy.encoder(self.policy.normalized(dict(zip(self.keys, inputs, strict=True)))).flat()
+
+
+class _CriticGraph(nn.Module):
+    """Features (B, F) and chunks (B, H, A) in physical units to the smaller value (B,)."""
+
+    def __init__(self, policy: ConsistencyAc) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, features: Tensor, chunk: Tensor) -> Tensor:
+        normalized = self.policy.normalizer[self.policy.spec.action.key].normalize(chunk)
+        return self.policy.critic(features, normalized[:, self.policy.spec.executed]).amin(dim=0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from robopolicy.diffusion.step_table import step_table
 from robopolicy.errors import UserError
 from robopolicy.nets.denoiser import Conditioning, Denoiser
+from robopolicy.nets.experts import RoutedNoise
 from robopolicy.spec import TASK
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ class Network(nn.Module):
         return self.denoiser(x.to(self.dtype), self._cast(noise), cast).float()
 
     def _cast(self, noise: Any) -> Any:
-        if is_dataclass(noise):  # the embedding beside experts that are already chosen
-            return replace(noise, embedding=noise.embedding.to(self.dtype))  # type: ignore[type-var]
+        if isinstance(noise, RoutedNoise):  # its experts are chosen already
+            return replace(noise, embedding=noise.embedding.to(self.dtype))
         return noise.to(self.dtype)
 
 
@@ -239,6 +240,11 @@ class RowActions:
 
 class ActionMap(nn.Module):
     """Splits what `EncoderGraph` gives into the conditioning and the action's normaliser."""
+
+    scale: Tensor
+    offset: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, policy: DenoisingPolicy) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robopolicy.diffusion.sampling import repeated_generators
 from robopolicy.errors import UserError
-from robopolicy.policies.base import checked_array
+from robopolicy.inference.observations import checked_array
 from robopolicy.policies.denoising import DenoisingPolicy
 from robopolicy.spec import KeySpec, PolicySpec
 from robopolicy.steering.base import Scene, Steering, take

@@ -114,13 +114,22 @@ class ChunkValues:
                 where the policy has tasks. Physical units, as the chunks.
             chunks: candidates of each row.
         """
+        return self.score(self.features(observations), chunks)
+
+    def features(self, observations: Mapping[str, Tensor]) -> Tensor:
+        """What the critic sees of observations, (B, C)."""
         spec = self.critic.spec
         seen = {key.key: observations[key.key][:, -spec.n_obs_steps :] for key in spec.observations}
         if spec.tasks:
-            told = observations[TASK] if TASK in observations else chunks.new_zeros(len(chunks)).long()
-            seen[TASK] = self._tasks.to(chunks.device)[told]
-        scored = chunks[:, :, self._executed][:, :, : spec.n_action_steps]
-        return self.critic.score(self.critic.encode(seen), self._factor * scored)
+            first = seen[spec.observations[0].key]
+            told = observations[TASK] if TASK in observations else first.new_zeros(len(first)).long()
+            seen[TASK] = self._tasks.to(first.device)[told]
+        return self.critic.encode(seen)
+
+    def score(self, features: Tensor, chunks: Tensor) -> Tensor:
+        """Values (B, K) of the executed part of chunks (B, K, H, A)."""
+        scored = chunks[:, :, self._executed][:, :, : self.critic.spec.n_action_steps]
+        return self.critic.score(features, self._factor * scored)
 
 
 def critic_tasks(critic: PolicySpec, policy: PolicySpec, instruction: str | None) -> Tensor:

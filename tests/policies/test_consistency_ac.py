@@ -151,11 +151,15 @@ def test_a_choice_does_not_depend_on_the_batch():
 def test_the_critic_is_exported_where_it_chooses():
     policy = make(candidates=4)
     batch = {STATE.key: batch_of(3)[STATE.key]}
-    assert "critic" not in make().export_graphs(batch)
-    graph = policy.export_graphs(batch)["critic"]
-    exported = torch.export.export(graph.module, graph.inputs).module()
-    values = policy.values(policy.encoder(policy.normalized(batch)), graph.inputs[-1])
-    torch.testing.assert_close(exported(*graph.inputs), values.amin(dim=0))
+    assert not {"critic", "critic_encoder"} & set(make().export_graphs(batch))
+    graphs = policy.export_graphs(batch)
+    encoder, critic = (
+        torch.export.export(graphs[g].module, graphs[g].inputs).module() for g in ("critic_encoder", "critic")
+    )
+    chunks = torch.rand(graphs["critic"].inputs[1].shape)
+    normalized = policy.normalizer["action"].normalize(chunks)
+    values = policy.values(policy.encoder(policy.normalized(batch)), normalized)
+    torch.testing.assert_close(critic(encoder(batch[STATE.key]), chunks), values.amin(dim=0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,437 @@
+"""Building an engine: capture, lower the precision, compile, compare with the policy, and only then write it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import robopolicy
+from robopolicy.errors import UserError
+from robopolicy.export.borders import borders, torch_session
+from robopolicy.export.critic import critic_graphs
+from robopolicy.export.engine_policy import noise_of
+from robopolicy.export.loop import export_loop
+from robopolicy.export.observations import Observations
+from robopolicy.export.onnx_graphs import OPSET, Exporter, export_onnx
+from robopolicy.export.parity import TOLERANCE, action_range, check_parity, compare
+from robopolicy.inference.backends.open import open_session
+from robopolicy.inference.engine import (
+    FOLDER,
+    GOLDEN,
+    BackendName,
+    Candidates,
+    EngineManifest,
+    GraphFile,
+    Parity,
+    Precision,
+)
+from robopolicy.inference.golden import save_golden
+from robopolicy.inference.policy import ExportedPolicy, exported_policy
+from robopolicy.inference.session import Session
+from robopolicy.manifest import bundle_fingerprint, file_sha256
+from robopolicy.policies.base import ExportGraph
+from robopolicy.policies.consistency_ac import ConsistencyAc
+from robopolicy.policies.denoising import DenoisingPolicy
+
+log = logging.getLogger(__name__)
+
+PRECISIONS: dict[str, tuple[Precision, ...]] = {
+    "onnxruntime": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "fp16", "bf16", "int8"),
+    "tensorrt_rtx": ("fp32", "fp16", "bf16", "int8"),
+    "tensorrt": ("fp32", "fp16", "bf16", "int8"),
+    "aot_inductor": ("fp32", "fp16", "bf16"),
+}
+PACKAGES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+    "tensorrt_rtx": ("tensorrt_rtx_cu13_bindings",),
+    "tensorrt": ("tensorrt",),
+    "aot_inductor": (),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+GOLDEN_ROWS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What is built.
+
+    Attributes:
+        backend: what will run it.
+        precision: in which networks compute; the solver and what crosses a border stay float32.
+        name: of the engine; None: backend and precision.
+        rows: observations of one call; None: any number up to ``max_rows``, with which values can rank candidates.
+        max_rows: limit of TensorRT and AOTInductor where the number is free.
+        exporter: which of torch's ONNX exporters.
+        loop: the sampler as an ONNX loop instead of unrolled.
+        capabilities: of the GPUs that TensorRT builds for, e.g. ``sm89``; empty: the GPU of this machine.
+        tolerance: largest error of a chunk as a share of the action's range; None: by precision.
+        observations: how many are compared.
+        calibration: how many int8 is calibrated with.
+        threads: CPU threads while comparing.
+        seed: of observations and noise.
+        critic: bundle of a critic that chooses among candidates (V-GPS); None: none.
+        candidates: chunks it chooses from.
+        temperature: of its choice; 0 takes the best.
+    """
+
+    backend: BackendName = "openvino"
+    precision: Precision = "fp32"
+    name: str | None = None
+    rows: int | None = 1
+    max_rows: int = 16
+    exporter: Exporter = "dynamo"
+    loop: bool = False
+    capabilities: tuple[str, ...] = ()
+    tolerance: float | None = None
+    observations: int = 64
+    calibration: int = 64
+    threads: int = 1
+    seed: int = 0
+    critic: str | None = None
+    candidates: int = 10
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS[self.backend]:
+            known = ", ".join(PRECISIONS[self.backend])
+            raise UserError(f"backend={self.backend} has no precision={self.precision}; it has {known}.")
+        for name in ("rows", "max_rows", "observations", "calibration", "threads", "candidates"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1.")
+        if self.observations < GOLDEN_ROWS:
+            raise UserError(f"observations={self.observations} must be at least {GOLDEN_ROWS}.")
+        if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
+            raise UserError(f"name='{self.name}' must be a plain folder name.")
+        if self.loop and self.backend == "aot_inductor":
+            raise UserError("loop=true is for ONNX graphs; backend=aot_inductor unrolls.")
+        if self.loop and self.precision == "int8":
+            raise UserError("precision=int8 quantises unrolled graphs; set loop=false.")
+        if self.capabilities and not self.backend.startswith("tensorrt"):
+            raise UserError(f"device_capability is for TensorRT; backend={self.backend} does not build for a GPU.")
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine's folder."""
+        return self.name or f"{self.backend}-{self.precision}"
+
+    @property
+    def limit(self) -> float:
+        """The tolerance."""
+        return TOLERANCE[self.precision] if self.tolerance is None else self.tolerance
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that was written.
+
+    Attributes:
+        folder: where.
+        manifest: what its ``engine.yaml`` holds.
+        reports: what was said while building, for people: layers, precisions, sizes.
+    """
+
+    folder: Path
+    manifest: EngineManifest
+    reports: tuple[str, ...]
+
+
+def build_engine(
+    policy: DenoisingPolicy,
+    about: Mapping[str, Any],
+    bundle: Path,
+    config: ExportConfig,
+    observations: Observations,
+    command: str,
+    judge: Callable[[ExportedPolicy], dict[str, Any]] | None = None,
+) -> Built:
+    """Build an engine and write it into its bundle; an engine of that name is replaced once the new one is complete.
+
+    Args:
+        policy: the bundle's, in evaluation mode on the CPU, with the sampler to export.
+        about: the bundle's manifest.
+        bundle: its folder.
+        config: what to build.
+        observations: to compare with, at least as many as the larger of ``observations`` and ``calibration``.
+        command: what builds it again, for messages.
+        judge: plays episodes with the engine before it is written, raising where it fails, and says what it found.
+
+    Raises:
+        UserError: something cannot be built, or the engine is further from the policy than its tolerance. Then
+            nothing is written.
+    """
+    folder = bundle / FOLDER / config.engine
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        build = _Build(policy, config, observations, partial)
+        if judge is not None and not build.runs_here:
+            raise UserError("eval=true plays with the engine, which this machine cannot run; build it on the robot.")
+        manifest = build.manifest(bundle_fingerprint(about), command)
+        if judge is not None:
+            manifest = replace(manifest, evaluation=judge(build.policy(manifest)))
+        manifest.write(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Built(folder, manifest, tuple(build.reports))
+
+
+class _Build:
+    """One build: graphs are captured first, files written one after the other."""
+
+    def __init__(self, policy: DenoisingPolicy, config: ExportConfig, observations: Observations, folder: Path) -> None:
+        self._policy, self._config, self._observations, self._folder = policy, config, observations, folder
+        self.reports: list[str] = []
+        self._quantization: dict[str, Any] = {}
+        self._target: dict[str, Any] = {}
+        self.runs_here = not config.backend.startswith("tensorrt") or torch.cuda.is_available()
+        self.candidates, critic = self._critic()
+        ranked = self.candidates is not None
+        if ranked and config.rows is not None:
+            raise UserError("Candidates are sampled as rows of one call; set rows=null.")
+        self._graphs = self._captured(DTYPES[config.precision]) | critic
+        self._check_target()
+        self._plain: dict[str, Path] = {}
+        for name, graph in self._graphs.items():
+            self._write(name, graph)
+
+    def _critic(self) -> tuple[Candidates | None, dict[str, ExportGraph]]:
+        policy, config = self._policy, self._config
+        batch = self._observations.rows(config.rows or 2)
+        if config.critic is not None:
+            return critic_graphs(policy, Path(config.critic), batch, config.candidates, config.temperature)
+        return own_candidates(policy), {}
+
+    def _captured(self, dtype: torch.dtype) -> dict[str, ExportGraph]:
+        return self._policy.export_graphs(self._observations.rows(self._config.rows or 2), dtype)
+
+    def _check_target(self) -> None:
+        """Refuse what the backend or the GPU cannot take, before anything is built."""
+        config = self._config
+        if config.backend.startswith("tensorrt"):
+            from robopolicy.export.tensorrt import check_targets
+
+            formats = {"fp16": ["float16"], "bf16": ["bfloat16"], "int8": ["int8"]}.get(config.precision, [])
+            check_targets(config.capabilities, self._flavour, formats)
+
+    @property
+    def _flavour(self) -> Literal["rtx", "classic"]:
+        return "rtx" if self._config.backend == "tensorrt_rtx" else "classic"
+
+    def _write(self, name: str, graph: ExportGraph) -> None:
+        """Write a graph's file for the backend, and its ONNX form where there is one."""
+        config = self._config
+        free = config.rows is None
+        if config.backend == "aot_inductor":
+            from robopolicy.export.aot_inductor import build_package
+
+            build_package(graph, self._folder / f"{name}.pt2", max_rows=config.max_rows if free else None)
+            return
+        log.info("capturing %s", name)
+        path = self._folder / f"{name}.onnx"
+        if name == "sampler" and config.loop:
+            dtype = DTYPES[config.precision]
+            export_loop(self._policy, graph, path, dtype=dtype, exporter=config.exporter, free_rows=free)
+        else:
+            export_onnx(graph, path, exporter=config.exporter, free_rows=free)
+        self._plain[name] = path
+        if config.precision == "int8" and name == "sampler":
+            self._quantize(path)
+        if config.backend.startswith("tensorrt"):
+            self._plan(name, path)
+
+    def _quantize(self, path: Path) -> None:
+        """Replace the sampler by an int8 version that keeps the chunks within the tolerance."""
+        from robopolicy.export.quantize import quantize
+
+        config = self._config
+        rows = config.rows or 1
+        with torch.no_grad():
+            inputs, wanted = self._sampler_inputs(config.calibration)
+        scale = action_range(self._policy)
+
+        def runs(count: int) -> list[dict[str, np.ndarray]]:
+            return [{k: v[i : i + rows] for k, v in inputs.items()} for i in range(0, count - rows + 1, rows)]
+
+        def error(model: Path) -> float:
+            session = open_session(model, replace(self._draft(), backend="onnxruntime"), threads=config.threads)
+            found = np.concatenate([session(run)["chunk"] for run in runs(config.calibration)])
+            return compare(found, wanted[: len(found)], scale, "", 0).max_share
+
+        plain = path.with_name("plain.onnx")
+        os.replace(path, plain)
+        report = quantize(plain, path, runs(config.calibration), judge=error, tolerance=config.limit)
+        plain.unlink()
+        self.reports.append(str(report))
+        self._quantization = {
+            "error": report.error,
+            "error_all_int8": report.error_all_int8,
+            "layers": len(report.layers),
+            "float32": [layer.name for layer in report.kept],
+        }
+
+    def _sampler_inputs(self, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Inputs of the sampler on real observations, and the chunks (B, H, A) in float."""
+        batch = self._observations.rows(count)
+        encoder, sampler = (self._policy.export_graphs(batch)[name] for name in ("encoder", "sampler"))
+        generator = torch.Generator().manual_seed(self._config.seed + 1)
+        noise = torch.randn(sampler.inputs[0].shape, generator=generator)
+        values = (noise, *sampler.inputs[1:3], *encoder.module(*encoder.inputs))
+        inputs = {name: value.numpy() for name, value in zip(sampler.names, values, strict=True)}
+        return inputs, sampler.module(*values).numpy()
+
+    def _plan(self, name: str, path: Path) -> None:
+        from robopolicy.export.tensorrt import build_plan
+
+        config = self._config
+        most = config.max_rows if config.rows is None else config.rows
+        if config.rows is None and self.candidates is not None:
+            most = max(most, self.candidates.count)
+        plan = build_plan(
+            path,
+            config.capabilities,
+            self._flavour,
+            rows=(1, min(self.candidates.count if self.candidates else 1, most), most),
+            timing_cache=self._folder.parent / "timing.cache" if self._flavour == "classic" else None,
+        )
+        path.with_suffix(".plan").write_bytes(plan.data)
+        self._target = {"capabilities": list(plan.capabilities), "version": plan.version}
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.precisions.items()))
+        self.reports.append(
+            f"{name}: {plan.layers} layers ({kinds}), {len(plan.data) / 1e6:.1f} MB for "
+            f"{', '.join(plan.capabilities)}, built in {plan.seconds:.1f} s"
+        )
+
+    @property
+    def _suffix(self) -> str:
+        if self._config.backend == "aot_inductor":
+            return ".pt2"
+        return ".plan" if self._config.backend.startswith("tensorrt") else ".onnx"
+
+    def _draft(self) -> EngineManifest:
+        """A manifest of what is known before parity."""
+        config = self._config
+        noises = self._graphs["sampler"].inputs[0].shape[1] if hasattr(self, "_graphs") else 1
+        return EngineManifest(
+            name=config.engine,
+            backend=config.backend,
+            precision=config.precision,
+            bundle="",
+            sampler=asdict(self._policy.sampler),
+            rows=config.rows,
+            noises=noises,
+            graphs={},
+            golden="",
+            parity=Parity(0, "", (), (), 0.0, 0.0, config.limit),
+            command="",
+            candidates=self.candidates,
+            target=self._target,
+            versions=_versions(config),
+            quantization=self._quantization,
+        )
+
+    def manifest(self, fingerprint: str, command: str) -> EngineManifest:
+        """Compare, write the golden chunks, and say what was built.
+
+        Raises:
+            UserError: the engine is too far off.
+        """
+        files = {name: self._folder / f"{name}{self._suffix}" for name in self._graphs}
+        graphs = {
+            name: GraphFile(file.name, file_sha256(file), *borders(self._graphs[name], self._config.rows))
+            for name, file in files.items()
+        }
+        draft = replace(self._draft(), bundle=fingerprint, command=command, graphs=graphs)
+        exported, ran = self._runnable(draft)
+        parity = self._parity(exported, ran)
+        check_parity(parity, self._policy, f"The engine {self._config.engine}")
+        exported.close()
+        return replace(draft, parity=parity, golden=file_sha256(self._folder / GOLDEN))
+
+    def policy(self, manifest: EngineManifest) -> ExportedPolicy:
+        """The engine as it will be loaded."""
+        return self._runnable(manifest)[0]
+
+    def _runnable(self, manifest: EngineManifest) -> tuple[ExportedPolicy, str]:
+        """The engine; where this machine cannot run it, what it was made from."""
+        threads, folder = self._config.threads, self._folder
+
+        def load(name: str) -> Session:
+            file = folder / manifest.graphs[name].file
+            return open_session(file, manifest, threads=threads, allow_native_code=True)
+
+        def load_plain(name: str) -> Session:
+            return open_session(self._plain[name], replace(manifest, backend="onnxruntime"), threads=threads)
+
+        def load_torch(name: str) -> Session:
+            return torch_session(self._graphs[name], threads=threads)
+
+        if self.runs_here:
+            return exported_policy(manifest, self._policy.spec, load), manifest.backend
+        if self._config.precision == "bf16":  # for which ONNX Runtime has no CPU kernels
+            return exported_policy(manifest, self._policy.spec, load_torch), "in torch, the plan itself was not run"
+        return exported_policy(manifest, self._policy.spec, load_plain), "in ONNX Runtime, the plan itself was not run"
+
+    def _parity(self, exported: ExportedPolicy, ran: str) -> Parity:
+        config, policy = self._config, self._policy
+        batch = self._observations.rows(config.observations)
+        rows = len(next(iter(batch.values())))
+        seeds = range(config.seed, config.seed + rows)
+        with torch.inference_mode():
+            wanted = self._wanted(batch, [torch.Generator().manual_seed(s) for s in seeds])
+        noise = noise_of(exported, [torch.Generator().manual_seed(s) for s in seeds])
+        arrays = {key: value.numpy() for key, value in batch.items()}
+        scale = action_range(policy)
+        few = slice(0, GOLDEN_ROWS)
+        save_golden(self._folder / GOLDEN, {k: v[few] for k, v in arrays.items()}, noise[few], wanted[few], scale)
+        observations: dict[str, Any] = dict(arrays)
+        if policy.spec.tasks:
+            observations["instruction"] = [policy.spec.tasks[i].instruction for i in batch["task"].tolist()]
+        found = exported.sample(observations, noise)
+        source = f"{self._observations.source}; compared {ran}" if ran != config.backend else self._observations.source
+        return compare(found, wanted, scale, source, config.limit)
+
+    def _wanted(self, batch: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> np.ndarray:
+        """The policy's own chunks (B, H, A), steered by the critic where there is one."""
+        config = self._config
+        if config.critic is None:
+            return self._policy.sample(batch, generators).numpy()
+        from robopolicy.steering.policy import SteeredPolicy
+        from robopolicy.steering.vgps import Vgps, VgpsConfig
+
+        vgps = VgpsConfig(critic=config.critic, candidates=config.candidates, temperature=config.temperature)
+        return SteeredPolicy(self._policy, {"vgps": Vgps(vgps, self._policy)}).sample(batch, generators).numpy()
+
+
+def own_candidates(policy: DenoisingPolicy) -> Candidates | None:
+    """How a policy chooses among its chunks with a critic of its own."""
+    if not isinstance(policy, ConsistencyAc) or policy.config.candidates == 1:
+        return None
+    return Candidates(policy.config.candidates, policy.config.temperature, policy.spec.n_action_steps)
+
+
+def _versions(config: ExportConfig) -> dict[str, str]:
+    found = {"robopolicy": robopolicy.__version__, "torch": str(torch.__version__)}
+    if config.backend != "aot_inductor":
+        found |= {"onnx": version("onnx"), "opset": str(OPSET[config.exporter]), "exporter": config.exporter}
+    for package in PACKAGES[config.backend]:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
