@@ -27,6 +27,7 @@ Export a policy for an inference engine: faster, and without torch where it runs
   robopolicy export bundle=… backend=tensorrt_rtx precision=fp16 device-capability=[sm86,sm89,sm120]
   robopolicy export bundle=… sampler.steps=8 name=fast eval=true episodes=100
   robopolicy export bundle=… rows=null critic=runs/critic/bundles/last candidates=10
+  robopolicy export bundle=… 'dynaguide={dynamics: runs/dynamics/bundles/last, positive: [demos.zarr#3]}'
 
 The engine goes into the bundle, BUNDLE/engines/NAME: graphs or compiled plans, engine.yaml, and golden chunks that are
 sampled again wherever it is loaded. Before it is written it is compared with the policy itself on real observations
@@ -79,6 +80,7 @@ class Settings:
     tolerance: float | None = None
     data: str | None = None
     critic: str | None = None
+    dynaguide: dict[str, Any] | None = None
     sampler: Sampler = field(default_factory=Sampler)
 
 

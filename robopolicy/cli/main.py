@@ -28,7 +28,10 @@ From demonstrations to a deployed policy.
   5. compare two policies   robopolicy compare results/a results/b
   6. steer it as it acts    robopolicy train-critic task=push_puck data.path=data/mixed.zarr
                             robopolicy eval bundle=… steering=vgps steering.vgps.critic=runs/…/bundles/last
-  7. trust the simulation?  robopolicy fidelity --real real.csv --sim a=results/a b=results/b c=results/c
+  7. export it              robopolicy export bundle=… backend=openvino
+                            robopolicy bench bundle=…
+                            robopolicy serve bundle=…
+  8. trust the simulation?  robopolicy fidelity --real real.csv --sim a=results/a b=results/b c=results/c
 
 All of it on an example, in about ten minutes: robopolicy demo
 Every verb explains itself: robopolicy train --help
@@ -38,6 +41,7 @@ Every verb explains itself: robopolicy train --help
 def build_parser() -> argparse.ArgumentParser:
     from robopolicy.cli import (
         align,
+        bench,
         calibrate_guidance,
         compare,
         data,
@@ -45,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         describe,
         distill,
         evaluate,
+        export,
         extend,
         fidelity,
         finetune,
@@ -52,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         randomize,
         record,
         select,
+        serve,
         teleoperate,
         train,
         train_critic,
@@ -76,7 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
         calibrate_guidance,
         align,
     )
-    for module in (*daily, *more_training, identify, randomize, fidelity, select, demo):
+    deployment = (export, bench, serve)
+    for module in (*daily, *more_training, *deployment, identify, randomize, fidelity, select, demo):
         module.add_parser(verbs)
     return parser
 

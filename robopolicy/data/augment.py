@@ -56,7 +56,7 @@ def augment(images: Tensor, config: AugmentConfig, draws: Tensor | None) -> Tens
     Returns:
         (B, T, round(H * crop), round(W * crop), 3) float32 in [0, 1].
     """
-    height, width = images.shape[2:4]
+    height, width = int(images.shape[2]), int(images.shape[3])
     out = (round(height * config.crop), round(width * config.crop))
     if draws is None:
         top, left = (height - out[0]) // 2, (width - out[1]) // 2

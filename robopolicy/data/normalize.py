@@ -69,7 +69,7 @@ def _of_rows(values: Tensor, domain: Tensor | None, x: Tensor) -> Tensor:
     """Each row's values, shaped to broadcast against x (B, ..., D)."""
     if domain is None:
         return values
-    return values[domain].view(len(domain), *[1] * (x.ndim - 2), -1)
+    return values[domain].view(domain.shape[0], *[1] * (x.ndim - 2), -1)
 
 
 def fit_normalizer(values: np.ndarray, mode: Mode, angles: tuple[int, ...] = ()) -> AffineNormalizer:

@@ -20,14 +20,19 @@ from robopolicy.errors import UserError
 from robopolicy.export.borders import borders, torch_session
 from robopolicy.export.critic import critic_graphs
 from robopolicy.export.engine_policy import noise_of
+from robopolicy.export.guidance import GuidanceExport, export_guidance
 from robopolicy.export.loop import export_loop
 from robopolicy.export.observations import Observations
 from robopolicy.export.onnx_graphs import OPSET, Exporter, export_onnx
 from robopolicy.export.parity import TOLERANCE, action_range, check_parity, compare
+from robopolicy.export.quantize import QuantizeConfig, quantize
+from robopolicy.inference.backends.aot_inductor import CPU_FILE, cpu_instructions
 from robopolicy.inference.backends.open import open_session
+from robopolicy.inference.device_memory import present_gpu
 from robopolicy.inference.engine import (
     FOLDER,
     GOLDEN,
+    STEPS,
     BackendName,
     Candidates,
     EngineManifest,
@@ -36,12 +41,17 @@ from robopolicy.inference.engine import (
     Precision,
 )
 from robopolicy.inference.golden import save_golden
+from robopolicy.inference.gpus import covers
 from robopolicy.inference.policy import ExportedPolicy, exported_policy
 from robopolicy.inference.session import Session
 from robopolicy.manifest import bundle_fingerprint, file_sha256
 from robopolicy.policies.base import ExportGraph
 from robopolicy.policies.consistency_ac import ConsistencyAc
 from robopolicy.policies.denoising import DenoisingPolicy
+from robopolicy.steering.base import Steering
+from robopolicy.steering.dynaguide import DynaGuide, DynaGuideConfig
+from robopolicy.steering.policy import SteeredPolicy
+from robopolicy.steering.vgps import Vgps, VgpsConfig
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +94,7 @@ class ExportConfig:
         critic: bundle of a critic that chooses among candidates (V-GPS); None: none.
         candidates: chunks it chooses from.
         temperature: of its choice; 0 takes the best.
+        dynaguide: a dynamics model and goals that guide the sampling; None: none.
     """
 
     backend: BackendName = "openvino"
@@ -102,6 +113,7 @@ class ExportConfig:
     critic: str | None = None
     candidates: int = 10
     temperature: float = 0.0
+    dynaguide: DynaGuideConfig | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS[self.backend]:
@@ -115,10 +127,18 @@ class ExportConfig:
             raise UserError(f"observations={self.observations} must be at least {GOLDEN_ROWS}.")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
             raise UserError(f"name='{self.name}' must be a plain folder name.")
+        if self.exporter == "torchscript" and self.precision in ("fp16", "bf16"):
+            raise UserError(
+                f"exporter=torchscript mixes float32 into graphs of precision={self.precision}; use exporter=dynamo."
+            )
         if self.loop and self.backend == "aot_inductor":
             raise UserError("loop=true is for ONNX graphs; backend=aot_inductor unrolls.")
         if self.loop and self.precision == "int8":
             raise UserError("precision=int8 quantises unrolled graphs; set loop=false.")
+        if self.dynaguide is not None and (self.loop or self.precision == "int8"):
+            raise UserError(
+                "dynaguide samples call by call; loop=true and precision=int8 are for samplers in one graph."
+            )
         if self.capabilities and not self.backend.startswith("tensorrt"):
             raise UserError(f"device_capability is for TensorRT; backend={self.backend} does not build for a GPU.")
 
@@ -199,12 +219,17 @@ class _Build:
         self.reports: list[str] = []
         self._quantization: dict[str, Any] = {}
         self._target: dict[str, Any] = {}
-        self.runs_here = not config.backend.startswith("tensorrt") or torch.cuda.is_available()
+        self.runs_here = not config.backend.startswith("tensorrt") or _covers_this_gpu(config.capabilities)
         self.candidates, critic = self._critic()
         ranked = self.candidates is not None
         if ranked and config.rows is not None:
             raise UserError("Candidates are sampled as rows of one call; set rows=null.")
         self._graphs = self._captured(DTYPES[config.precision]) | critic
+        self._noises = self._graphs["sampler"].inputs[0].shape[1]
+        self._guided = self._guidance()
+        if self._guided is not None:
+            plain = {name: self._graphs[name] for name in ("encoder", "denoiser")}
+            self._graphs = plain | self._guided.graphs | critic
         self._check_target()
         self._plain: dict[str, Path] = {}
         for name, graph in self._graphs.items():
@@ -212,10 +237,23 @@ class _Build:
 
     def _critic(self) -> tuple[Candidates | None, dict[str, ExportGraph]]:
         policy, config = self._policy, self._config
+        own = own_candidates(policy)
+        if config.critic is None:
+            return (None if config.dynaguide else own), {}  # guided, it samples one chunk
+        if own is not None:
+            raise UserError(
+                f"The policy draws {own.count} chunks and chooses with its own critic. Leave critic out, or export a "
+                "policy with candidates=1."
+            )
         batch = self._observations.rows(config.rows or 2)
-        if config.critic is not None:
-            return critic_graphs(policy, Path(config.critic), batch, config.candidates, config.temperature)
-        return own_candidates(policy), {}
+        return critic_graphs(policy, Path(config.critic), batch, config.candidates, config.temperature)
+
+    def _guidance(self) -> GuidanceExport | None:
+        config = self._config
+        if config.dynaguide is None:
+            return None
+        batch = self._observations.rows(config.rows or 2)
+        return export_guidance(self._policy, config.dynaguide, batch, config.rows is None)
 
     def _captured(self, dtype: torch.dtype) -> dict[str, ExportGraph]:
         return self._policy.export_graphs(self._observations.rows(self._config.rows or 2), dtype)
@@ -240,7 +278,7 @@ class _Build:
         if config.backend == "aot_inductor":
             from robopolicy.export.aot_inductor import build_package
 
-            build_package(graph, self._folder / f"{name}.pt2", max_rows=config.max_rows if free else None)
+            build_package(graph, self._folder / f"{name}.pt2", max_rows=self._most_rows if free else None)
             return
         log.info("capturing %s", name)
         path = self._folder / f"{name}.onnx"
@@ -248,7 +286,9 @@ class _Build:
             dtype = DTYPES[config.precision]
             export_loop(self._policy, graph, path, dtype=dtype, exporter=config.exporter, free_rows=free)
         else:
-            export_onnx(graph, path, exporter=config.exporter, free_rows=free)
+            # the other exporter has no form for operators of gradients
+            exporter = "dynamo" if name == "guidance" else config.exporter
+            export_onnx(graph, path, exporter=exporter, free_rows=free)
         self._plain[name] = path
         if config.precision == "int8" and name == "sampler":
             self._quantize(path)
@@ -257,8 +297,6 @@ class _Build:
 
     def _quantize(self, path: Path) -> None:
         """Replace the sampler by an int8 version that keeps the chunks within the tolerance."""
-        from robopolicy.export.quantize import quantize
-
         config = self._config
         rows = config.rows or 1
         with torch.no_grad():
@@ -268,14 +306,18 @@ class _Build:
         def runs(count: int) -> list[dict[str, np.ndarray]]:
             return [{k: v[i : i + rows] for k, v in inputs.items()} for i in range(0, count - rows + 1, rows)]
 
+        judged_by = config.backend if self.runs_here else "onnxruntime"  # int8 differs from backend to backend
+
         def error(model: Path) -> float:
-            session = open_session(model, replace(self._draft(), backend="onnxruntime"), threads=config.threads)
-            found = np.concatenate([session(run)["chunk"] for run in runs(config.calibration)])
+            with open_session(model, replace(self._draft(), backend=judged_by), threads=config.threads) as session:
+                found = np.concatenate([session(run)["chunk"] for run in runs(config.calibration)])
             return compare(found, wanted[: len(found)], scale, "", 0).max_share
 
         plain = path.with_name("plain.onnx")
         os.replace(path, plain)
-        report = quantize(plain, path, runs(config.calibration), judge=error, tolerance=config.limit)
+        report = quantize(
+            plain, path, runs(config.calibration), judge=error, tolerance=config.limit, config=self._int8()
+        )
         plain.unlink()
         self.reports.append(str(report))
         self._quantization = {
@@ -284,6 +326,13 @@ class _Build:
             "layers": len(report.layers),
             "float32": [layer.name for layer in report.kept],
         }
+
+    def _int8(self) -> QuantizeConfig:
+        """TensorRT wants int8 around zero; processors without VNNI overflow with weights of all 8 bits."""
+        if self._config.backend.startswith("tensorrt"):
+            return QuantizeConfig()
+        instructions = cpu_instructions(CPU_FILE.read_text() if CPU_FILE.is_file() else "")
+        return QuantizeConfig(symmetric=False, weight_bits=8 if "vnni" in " ".join(instructions) else 7)
 
     def _sampler_inputs(self, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Inputs of the sampler on real observations, and the chunks (B, H, A) in float."""
@@ -299,9 +348,7 @@ class _Build:
         from robopolicy.export.tensorrt import build_plan
 
         config = self._config
-        most = config.max_rows if config.rows is None else config.rows
-        if config.rows is None and self.candidates is not None:
-            most = max(most, self.candidates.count)
+        most = self._most_rows
         plan = build_plan(
             path,
             config.capabilities,
@@ -318,6 +365,13 @@ class _Build:
         )
 
     @property
+    def _most_rows(self) -> int:
+        """Of a call: all candidates of one observation at least."""
+        config = self._config
+        count = self.candidates.count if self.candidates else 1
+        return max(config.max_rows, count) if config.rows is None else config.rows
+
+    @property
     def _suffix(self) -> str:
         if self._config.backend == "aot_inductor":
             return ".pt2"
@@ -326,7 +380,6 @@ class _Build:
     def _draft(self) -> EngineManifest:
         """A manifest of what is known before parity."""
         config = self._config
-        noises = self._graphs["sampler"].inputs[0].shape[1] if hasattr(self, "_graphs") else 1
         return EngineManifest(
             name=config.engine,
             backend=config.backend,
@@ -334,12 +387,13 @@ class _Build:
             bundle="",
             sampler=asdict(self._policy.sampler),
             rows=config.rows,
-            noises=noises,
+            noises=self._noises,
             graphs={},
             golden="",
             parity=Parity(0, "", (), (), 0.0, 0.0, config.limit),
             command="",
             candidates=self.candidates,
+            guidance=self._guided.guidance if self._guided else None,
             target=self._target,
             versions=_versions(config),
             quantization=self._quantization,
@@ -357,6 +411,10 @@ class _Build:
             for name, file in files.items()
         }
         draft = replace(self._draft(), bundle=fingerprint, command=command, graphs=graphs)
+        if self._guided is not None:
+            self._guided.steps.save(self._folder / STEPS)
+            guidance = replace(self._guided.guidance, sha256=file_sha256(self._folder / STEPS))
+            draft = replace(draft, guidance=guidance)
         exported, ran = self._runnable(draft)
         parity = self._parity(exported, ran)
         check_parity(parity, self._policy, f"The engine {self._config.engine}")
@@ -382,10 +440,12 @@ class _Build:
             return torch_session(self._graphs[name], threads=threads)
 
         if self.runs_here:
-            return exported_policy(manifest, self._policy.spec, load), manifest.backend
+            return exported_policy(manifest, self._policy.spec, load, folder), manifest.backend
         if self._config.precision == "bf16":  # for which ONNX Runtime has no CPU kernels
-            return exported_policy(manifest, self._policy.spec, load_torch), "in torch, the plan itself was not run"
-        return exported_policy(manifest, self._policy.spec, load_plain), "in ONNX Runtime, the plan itself was not run"
+            exported = exported_policy(manifest, self._policy.spec, load_torch, folder)
+            return exported, "in torch, the plan itself was not run"
+        exported = exported_policy(manifest, self._policy.spec, load_plain, folder)
+        return exported, "in ONNX Runtime, the plan itself was not run"
 
     def _parity(self, exported: ExportedPolicy, ran: str) -> Parity:
         config, policy = self._config, self._policy
@@ -407,15 +467,23 @@ class _Build:
         return compare(found, wanted, scale, source, config.limit)
 
     def _wanted(self, batch: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> np.ndarray:
-        """The policy's own chunks (B, H, A), steered by the critic where there is one."""
-        config = self._config
-        if config.critic is None:
-            return self._policy.sample(batch, generators).numpy()
-        from robopolicy.steering.policy import SteeredPolicy
-        from robopolicy.steering.vgps import Vgps, VgpsConfig
+        """The policy's own chunks (B, H, A), steered by the dynamics model and the critic where there are any."""
+        config, policy = self._config, self._policy
+        ways: dict[str, Steering] = {}
+        if config.dynaguide is not None:
+            ways["dynaguide"] = DynaGuide(config.dynaguide, policy)
+        if config.critic is not None:
+            vgps = VgpsConfig(critic=config.critic, candidates=config.candidates, temperature=config.temperature)
+            ways["vgps"] = Vgps(vgps, policy)
+        return (SteeredPolicy(policy, ways) if ways else policy).sample(batch, generators).numpy()
 
-        vgps = VgpsConfig(critic=config.critic, candidates=config.candidates, temperature=config.temperature)
-        return SteeredPolicy(self._policy, {"vgps": Vgps(vgps, self._policy)}).sample(batch, generators).numpy()
+
+def _covers_this_gpu(capabilities: Sequence[str]) -> bool:
+    """There is a GPU, and a plan for these capabilities runs on it."""
+    try:
+        return covers(capabilities, present_gpu().capability)
+    except UserError:
+        return False
 
 
 def own_candidates(policy: DenoisingPolicy) -> Candidates | None:

@@ -61,10 +61,6 @@ def critic_graphs(
     seen = {key.key for key in spec.observations} | ({TASK} if spec.tasks else set())
     keys = tuple(key for key in encoder_keys(policy) if key in seen)
     inputs = tuple(observations[key] for key in keys)
-    used = [
-        i for i, key in enumerate(keys) if key in {k.key for k in spec.observations} or (key == "task" and spec.tasks)
-    ]
-    keys, inputs = tuple(keys[i] for i in used), tuple(inputs[i] for i in used)
     encoder = CriticEncoderGraph(values, keys)
     with torch.no_grad():
         features = encoder(*inputs)

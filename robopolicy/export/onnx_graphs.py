@@ -14,7 +14,7 @@ import onnx
 import onnx_ir
 import torch
 from onnx_ir.passes import common as passes
-from torch import Tensor
+from torch import Tensor, nn
 
 from robopolicy.errors import UserError
 from robopolicy.policies.base import ExportGraph
@@ -58,7 +58,7 @@ def export_onnx(graph: ExportGraph, path: Path, *, exporter: Exporter = "dynamo"
                 rows = torch.export.Dim("rows", min=1)
                 shapes = tuple({0: rows} if name in free else None for name in graph.names)
                 program = torch.onnx.export(
-                    _Flat(graph), inputs, dynamo=True, opset_version=OPSET[exporter],
+                    FlatInputs(graph.module), inputs, dynamo=True, opset_version=OPSET[exporter],
                     dynamic_shapes=(shapes,) if free_rows else None, **names,
                 )  # fmt: skip
                 assert program is not None
@@ -80,12 +80,12 @@ def _tidy(path: Path) -> None:
     onnx_ir.save(model, path)
 
 
-class _Flat(torch.nn.Module):
+class FlatInputs(nn.Module):
     """All inputs as one variadic argument, so that shapes are named the same way for every graph."""
 
-    def __init__(self, graph: ExportGraph) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = graph.module
+        self.module = module
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.module(*inputs)

@@ -22,6 +22,7 @@ FORMAT_VERSION = 1
 FOLDER = "engines"
 FILE = "engine.yaml"
 GOLDEN = "golden.safetensors"
+STEPS = "steps.safetensors"
 
 BackendName = Literal["onnxruntime", "openvino", "tensorrt_rtx", "tensorrt", "aot_inductor"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -59,6 +60,25 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """How a dynamics model guides the engine towards goals, see `robopolicy.inference.guided`.
+
+    Attributes:
+        dynamics: fingerprint of the model's bundle.
+        scale: strength.
+        temperature: in the units of latents; small, only the nearest goal counts.
+        space: whether the gradient is taken at noisy chunks or at clean estimates.
+        sha256: of the file of steps and goals.
+    """
+
+    dynamics: str
+    scale: float
+    temperature: float
+    space: Literal["noisy", "clean"]
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
 class Parity:
     """How far an engine's chunks are from the policy's own, at the same noise.
 
@@ -93,11 +113,13 @@ class EngineManifest:
         sampler: how it samples, for people: ``name``, ``steps``, ``guidance``.
         rows: observations of one call; None: any number.
         noises: standard normal tensors of a chunk.
-        graphs: ``encoder``, ``sampler``, ``denoiser``; where a critic chooses, ``critic_encoder`` and ``critic``.
+        graphs: ``encoder``, ``sampler``, ``denoiser``; where a critic chooses, ``critic_encoder`` and ``critic``; where
+            a dynamics model guides, ``dynamics_encoder``, ``guidance`` and ``goal_encoder``, and no ``sampler``.
         golden: hash of the file of golden observations, noises and chunks.
         parity: measured when it was built.
         command: that builds it again.
         candidates: None where one chunk is sampled.
+        guidance: None where nothing guides.
         target: what the machine must be, by the backend's own names.
         versions: of what built it.
         quantization: what was done for int8, for people.
@@ -116,6 +138,7 @@ class EngineManifest:
     parity: Parity
     command: str
     candidates: Candidates | None = None
+    guidance: Guidance | None = None
     target: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
@@ -152,9 +175,10 @@ def read_engine(bundle: Path, name: str) -> tuple[EngineManifest, PolicySpec]:
             f"{folder} was built from other weights ({manifest.bundle}) than the bundle holds now "
             f"({bundle_fingerprint(about)}). Build it again: {manifest.command}"
         )
-    for file, wanted in [(graph.file, graph.sha256) for graph in manifest.graphs.values()] + [
-        (GOLDEN, manifest.golden)
-    ]:
+    files = [(graph.file, graph.sha256) for graph in manifest.graphs.values()] + [(GOLDEN, manifest.golden)]
+    if manifest.guidance is not None:
+        files.append((STEPS, manifest.guidance.sha256))
+    for file, wanted in files:
         if Path(file).name != file:
             raise UserError(f"{folder / FILE}: the file name '{file}' points outside the engine.")
         if not (folder / file).is_file():

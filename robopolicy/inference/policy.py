@@ -13,7 +13,7 @@ import numpy as np
 
 from robopolicy.errors import UserError
 from robopolicy.inference.backends.open import cache_folder, open_session
-from robopolicy.inference.engine import FOLDER, GOLDEN, Candidates, EngineManifest, read_engine
+from robopolicy.inference.engine import FOLDER, GOLDEN, STEPS, Candidates, EngineManifest, read_engine
 from robopolicy.inference.golden import check_golden
 from robopolicy.inference.observations import checked_observations, task_indices
 from robopolicy.inference.session import Session
@@ -185,20 +185,28 @@ class ExportedPolicy:
         self, rows: int, sampling: dict[str, np.ndarray], found: dict[str, np.ndarray], inputs: dict[str, np.ndarray]
     ) -> np.ndarray:
         if self.candidates is None:
-            return self._run("sampler", sampling | found, rows)["chunk"]
+            return self._sampled(sampling | found, inputs, rows, 1)
         count = self._count
         *each, last = np.split(sampling["noise"], [self._noises * count], axis=1)
         noise = each[0].reshape(rows, self._noises, count, *each[0].shape[2:]).swapaxes(1, 2)
         repeated = {name: np.repeat(value, count, axis=0) for name, value in (sampling | found).items()}
         repeated["noise"] = noise.reshape(rows * count, *noise.shape[2:])
-        chunks = self._run("sampler", repeated, rows * count)["chunk"]
+        chunks = self._sampled(repeated, inputs, rows, count)
         features = self._run("critic_encoder", inputs, rows)["features"]
         values = self._run("critic", {"features": np.repeat(features, count, axis=0), "chunk": chunks}, rows * count)
         chosen = choose(values["value"].reshape(rows, count), self.candidates.temperature, last[:, 0, 0, 0])
         return chunks.reshape(rows, count, *chunks.shape[1:])[np.arange(rows), chosen]
 
-    def _run(self, graph: str, inputs: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
-        """Run a graph on any number of rows, in parts where it takes a fixed number."""
+    def _sampled(
+        self, sampling: Mapping[str, np.ndarray], observations: Mapping[str, np.ndarray], rows: int, count: int
+    ) -> np.ndarray:
+        """Chunks (rows * count, H, A), ``count`` of each of the observations' rows, which ``sampling`` is for."""
+        return self._run("sampler", sampling, rows * count)["chunk"]
+
+    def _run(
+        self, graph: str, inputs: Mapping[str, np.ndarray], rows: int, shared: Sequence[str] = ()
+    ) -> dict[str, np.ndarray]:
+        """Run a graph on any number of rows, in parts where it takes a fixed number; ``shared`` inputs have none."""
         session = self.sessions[graph]
         fixed = session.inputs[0].shape[0]
         if fixed in (None, rows):
@@ -207,7 +215,8 @@ class ExportedPolicy:
         parts = []
         for first in range(0, rows, fixed):
             index = np.minimum(np.arange(first, first + fixed), rows - 1)  # the last part repeats the last row
-            parts.append(session({name: inputs[name][index] for name in names if name in inputs}))
+            given = {name: inputs[name] for name in names if name in inputs}
+            parts.append(session({name: v if name in shared else v[index] for name, v in given.items()}))
         return {name: np.concatenate([part[name] for part in parts])[:rows] for name in parts[0]}
 
 
@@ -266,16 +275,31 @@ def open_engine(
             allow_native_code=allow_native_code,
         )
 
-    policy = exported_policy(engine, spec, load)
+    policy = exported_policy(engine, spec, load, folder)
     if verify:
         check_golden(policy.sample, folder / GOLDEN, engine, spec)
     return policy
 
 
 def exported_policy(
-    engine: EngineManifest, spec: PolicySpec, load: Callable[[str], Session], also: Sequence[str] = ()
+    engine: EngineManifest, spec: PolicySpec, load: Callable[[str], Session], folder: Path
 ) -> ExportedPolicy:
-    """A policy from the graphs of an engine that sampling needs, and others that are named."""
-    graphs = ["encoder", "sampler", *(["critic_encoder", "critic"] if engine.candidates else []), *also]
-    sessions = {graph: load(graph) for graph in graphs}
-    return ExportedPolicy(engine.name, spec, sessions, engine.noises, engine.candidates, engine.bundle)
+    """A policy from those graphs of an engine, in its folder, that sampling needs."""
+    critic = ["critic_encoder", "critic"] if engine.candidates else []
+    if engine.guidance is None:
+        sessions = {graph: load(graph) for graph in ("encoder", "sampler", *critic)}
+        return ExportedPolicy(engine.name, spec, sessions, engine.noises, engine.candidates, engine.bundle)
+    from robopolicy.inference.guided import GUIDED, GuidedPolicy, GuidedSteps
+
+    sessions = {graph: load(graph) for graph in (*GUIDED, *critic)}
+    return GuidedPolicy(
+        engine.name,
+        spec,
+        sessions,
+        engine.noises,
+        GuidedSteps.load(folder / STEPS),
+        engine.guidance,
+        engine.sampler["guidance"],
+        engine.candidates,
+        engine.bundle,
+    )

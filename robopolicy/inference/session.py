@@ -33,6 +33,8 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UserError(f"{self.name}: type '{self.dtype}' cannot cross a graph's border; use {', '.join(DTYPES)}.")
+        if None in self.shape[1:]:
+            raise UserError(f"{self.name}: shape {self.shape}; only the rows may be free. Export the policy again.")
 
     def blank(self, rows: int = 1) -> np.ndarray:
         """Zeros of this shape, with so many rows where the number is free."""

@@ -97,7 +97,7 @@ class DiffusionTransformer(Denoiser):
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
         tokens, modulation = cond
-        h = torch.cat([noise[:, :1].expand(len(x), -1, -1), tokens, self.action_tokens(x)], dim=1)
+        h = torch.cat([noise[:, :1].expand(x.shape[0], -1, -1), tokens, self.action_tokens(x)], dim=1)
         modulations = (noise[:, 1:] + modulation).split(1, dim=1)
         for i, block in enumerate(self.blocks):
             h = block(h, modulations[MODULATIONS * i : MODULATIONS * (i + 1)])

@@ -87,7 +87,7 @@ class StackedExperts(nn.Module):
 
     def _gathered(self, tokens: Tensor, route: Chosen) -> Tensor:
         """Copies the weights of each row's experts: for graphs, where a choice must be a tensor."""
-        x = tokens.reshape(len(route.index), 1, -1, tokens.shape[-1])
+        x = tokens.reshape(route.index.shape[0], 1, -1, tokens.shape[-1])
         h = swiglu(x @ self.up[route.index].transpose(-2, -1) + self.up_bias[route.index].unsqueeze(2))
         out = h @ self.down[route.index].transpose(-2, -1)
         return (out * route.weight[:, :, None, None]).sum(1).reshape(tokens.shape).to(tokens.dtype)

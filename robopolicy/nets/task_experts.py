@@ -102,7 +102,7 @@ class TaskExperts(nn.Module):
         """The same for rows of the tasks (B,) in any order, all experts computed: for graphs of fixed shapes."""
         known = [router(tokens) for router in self._routers]
         of_tasks = torch.stack([pad(p, (0, len(self.experts) - p.shape[-1])) for p in known])
-        chosen = of_tasks[task, torch.arange(len(task), device=task.device)].topk(self.top_k)
+        chosen = of_tasks[task, torch.arange(task.shape[0], device=task.device)].topk(self.top_k)
         gates = torch.zeros_like(of_tasks[0]).scatter(-1, chosen.indices, chosen.values)
         outputs = torch.stack([expert(tokens) for expert in self.experts], dim=-1)
         return (outputs * gates[:, :, None]).sum(-1).to(tokens.dtype)
@@ -313,7 +313,7 @@ class SdpDenoiser(Denoiser):
         tokens = self.context_tokens(context)
         task = context.task_index
         if task is None:
-            task = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+            task = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
         return self.keys_and_values(self.memory(tokens)), task
 
     def embed(self, level: Tensor) -> Tensor:
@@ -369,7 +369,7 @@ class SdpDenoiser(Denoiser):
 
     def _memory(self, x: Tensor, noise: Tensor, cond: Conditioning) -> tuple[Tensor, ...]:
         """Keys and values of each layer, (B, M, 2 * dim)."""
-        level = noise[:, None].expand(len(x), -1, -1)
+        level = noise[:, None].expand(x.shape[0], -1, -1)
         return torch.cat([level, cond[0]], dim=1).chunk(self.layers, dim=-1)
 
     @property

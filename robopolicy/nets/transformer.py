@@ -223,7 +223,7 @@ class GptDenoiser(Denoiser):
             (B, H, A).
         """
         tokens, *kept = cond
-        h = torch.cat([noise[:, None].expand(len(x), -1, -1), tokens, self.action_tokens(x)], dim=1)
+        h = torch.cat([noise[:, None].expand(x.shape[0], -1, -1), tokens, self.action_tokens(x)], dim=1)
         for i, block in enumerate(self.blocks):
             h = block(h, noise, told[i], kept[0][:, i] if kept else None)
         return self.head(h[:, -self.horizon :])

@@ -122,7 +122,7 @@ class ChunkValues:
         seen = {key.key: observations[key.key][:, -spec.n_obs_steps :] for key in spec.observations}
         if spec.tasks:
             first = seen[spec.observations[0].key]
-            told = observations[TASK] if TASK in observations else first.new_zeros(len(first)).long()
+            told = observations[TASK] if TASK in observations else first.new_zeros(first.shape[0]).long()
             seen[TASK] = self._tasks.to(first.device)[told]
         return self.critic.encode(seen)
 

@@ -105,10 +105,10 @@ class HeadNet(nn.Module):
     def forward(self, context: Tensor, chunks: Tensor | None = None) -> Tensor:
         """Map contexts (B, C) and chunks (B, K, D) to (H, B, K, M); without chunks, K is 1."""
         hidden = self.from_context(context)
-        rows, count = len(context), 1
+        rows, count = context.shape[0], 1
         if self.from_chunk is not None:
             assert chunks is not None
             count = chunks.shape[1]
             from_chunk = self.from_chunk(chunks.reshape(rows * count, -1))
             hidden = from_chunk + (hidden if count == 1 else hidden.repeat_interleave(count, dim=1))
-        return self.out(self.body(hidden)).view(len(hidden), rows, count, -1)
+        return self.out(self.body(hidden)).view(hidden.shape[0], rows, count, -1)
