@@ -23,11 +23,11 @@ from robopolicy.export.engine_policy import noise_of
 from robopolicy.export.guidance import GuidanceExport, export_guidance
 from robopolicy.export.loop import export_loop
 from robopolicy.export.observations import Observations
-from robopolicy.export.onnx_graphs import OPSET, Exporter, export_onnx
+from robopolicy.export.onnx_graphs import OPSET, Exporter, export_onnx, halve_weights
 from robopolicy.export.parity import TOLERANCE, action_range, check_parity, compare
 from robopolicy.export.quantize import QuantizeConfig, quantize
-from robopolicy.inference.backends.aot_inductor import CPU_FILE, cpu_instructions
 from robopolicy.inference.backends.open import open_session
+from robopolicy.inference.cpu import cpu_instructions
 from robopolicy.inference.device_memory import present_gpu
 from robopolicy.inference.engine import (
     FOLDER,
@@ -127,7 +127,7 @@ class ExportConfig:
             raise UserError(f"observations={self.observations} must be at least {GOLDEN_ROWS}.")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
             raise UserError(f"name='{self.name}' must be a plain folder name.")
-        if self.exporter == "torchscript" and self.precision in ("fp16", "bf16"):
+        if self.exporter == "torchscript" and _dtype(self) != torch.float32 and self.backend != "aot_inductor":
             raise UserError(
                 f"exporter=torchscript mixes float32 into graphs of precision={self.precision}; use exporter=dynamo."
             )
@@ -224,7 +224,7 @@ class _Build:
         ranked = self.candidates is not None
         if ranked and config.rows is not None:
             raise UserError("Candidates are sampled as rows of one call; set rows=null.")
-        self._graphs = self._captured(DTYPES[config.precision]) | critic
+        self._graphs = self._captured(_dtype(config)) | critic
         self._noises = self._graphs["sampler"].inputs[0].shape[1]
         self._guided = self._guidance()
         if self._guided is not None:
@@ -283,12 +283,14 @@ class _Build:
         log.info("capturing %s", name)
         path = self._folder / f"{name}.onnx"
         if name == "sampler" and config.loop:
-            dtype = DTYPES[config.precision]
+            dtype = _dtype(config)
             export_loop(self._policy, graph, path, dtype=dtype, exporter=config.exporter, free_rows=free)
         else:
-            # the other exporter has no form for operators of gradients
-            exporter = "dynamo" if name == "guidance" else config.exporter
+            # the other exporter has no form for operators of gradients, nor for resizing as dynamics models do
+            exporter = "dynamo" if self._guided and name in self._guided.graphs else config.exporter
             export_onnx(graph, path, exporter=exporter, free_rows=free)
+        if config.backend == "openvino" and config.precision == "fp16":
+            halve_weights(path)
         self._plain[name] = path
         if config.precision == "int8" and name == "sampler":
             self._quantize(path)
@@ -331,8 +333,7 @@ class _Build:
         """TensorRT wants int8 around zero; processors without VNNI overflow with weights of all 8 bits."""
         if self._config.backend.startswith("tensorrt"):
             return QuantizeConfig()
-        instructions = cpu_instructions(CPU_FILE.read_text() if CPU_FILE.is_file() else "")
-        return QuantizeConfig(symmetric=False, weight_bits=8 if "vnni" in " ".join(instructions) else 7)
+        return QuantizeConfig(symmetric=False, weight_bits=8 if "vnni" in " ".join(cpu_instructions()) else 7)
 
     def _sampler_inputs(self, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Inputs of the sampler on real observations, and the chunks (B, H, A) in float."""
@@ -452,7 +453,7 @@ class _Build:
         batch = self._observations.rows(config.observations)
         rows = len(next(iter(batch.values())))
         seeds = range(config.seed, config.seed + rows)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: guides take gradients
             wanted = self._wanted(batch, [torch.Generator().manual_seed(s) for s in seeds])
         noise = noise_of(exported, [torch.Generator().manual_seed(s) for s in seeds])
         arrays = {key: value.numpy() for key, value in batch.items()}
@@ -476,6 +477,11 @@ class _Build:
             vgps = VgpsConfig(critic=config.critic, candidates=config.candidates, temperature=config.temperature)
             ways["vgps"] = Vgps(vgps, policy)
         return (SteeredPolicy(policy, ways) if ways else policy).sample(batch, generators).numpy()
+
+
+def _dtype(config: ExportConfig) -> torch.dtype:
+    """In which networks are captured; OpenVINO lowers the precision of float32 graphs itself."""
+    return torch.float32 if config.backend == "openvino" else DTYPES[config.precision]
 
 
 def _covers_this_gpu(capabilities: Sequence[str]) -> bool:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
+from torch.overrides import TorchFunctionMode
 
 from robopolicy.data.goal_file import load_goals
 from robopolicy.diffusion.guidance import SMALLEST_SIGNAL, posterior_variance
@@ -37,6 +41,7 @@ from robopolicy.steering.dynaguide import ChunkUnits, DynaGuide, DynaGuideConfig
 PLACES = 16
 """Goals that an engine has room for, if no more are exported: others can be set where it runs."""
 _ABSENT = -1e30
+_ROWS = 211  # tracing takes equal sizes for the same one: a number that nothing else has
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,14 @@ class DynamicsEncoderGraph(nn.Module):
     def __init__(self, model: OutcomeModel, keys: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.keys = model, keys
+        self.resize = _ResizeByProducts()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         steps = self.model.spec.n_obs_steps
-        return self.model.encode({key: value[:, -steps:] for key, value in zip(self.keys, inputs, strict=True)})
+        # TensorRT does nothing with uint8 but convert it
+        seen = zip(self.keys, (value.float() for value in inputs), strict=True)
+        with self.resize:
+            return self.model.encode({key: value[:, -steps:] for key, value in seen})
 
 
 class GoalEncoderGraph(nn.Module):
@@ -126,9 +135,37 @@ class GoalEncoderGraph(nn.Module):
         super().__init__()
         self.model, self.keys = model, tuple(key.key for key in model.spec.goals)
         self.entries = model.latent_entries(config.keys, "dynaguide.keys")
+        self.resize = _ResizeByProducts()
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model.target(dict(zip(self.keys, inputs, strict=True)))[:, self.entries]
+        values = (value.float() for value in inputs)
+        with self.resize:
+            return self.model.target(dict(zip(self.keys, values, strict=True)))[:, self.entries]
+
+
+class _ResizeByProducts(TorchFunctionMode):
+    """Antialiased resizing as products with two matrices: TensorRT has no other form of it.
+
+    The matrices are found in the first call, which must not be one that is traced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[tuple[int, int], Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func is not interpolate or not options.get("antialias"):
+            return func(*args, **options)
+        image, size = args[0], options.pop("size")
+        pairs = zip(image.shape[-2:], size, strict=True)
+        down, across = (self._matrix(int(old), new, options) for old, new in pairs)
+        return down @ image @ across.T
+
+    def _matrix(self, old: int, new: int, options: dict[str, Any]) -> Tensor:
+        if (old, new) not in self._found:
+            self._found[old, new] = interpolate(torch.eye(old)[None, None], (new, old), **options)[0, 0]
+        return self._found[old, new]
 
 
 class LogWeight(nn.Module):
@@ -183,20 +220,31 @@ def gradient_graph(graph: ExportGraph, free_rows: bool) -> ExportGraph:
         graph: without convolutions, whose gradient ONNX cannot express.
         free_rows: the result takes any number of rows.
     """
-    inputs = graph.inputs
-    if free_rows:
-        # tracing takes equal sizes for the same size: no other one may be the number of rows
-        sizes = {size for value in inputs for size in value.shape}
-        rows = next(n for n in count(3) if n not in sizes)
-        inputs = tuple(
-            value if name in graph.shared else value[:1].repeat(rows, *[1] * (value.ndim - 1))
-            for name, value in zip(graph.names, inputs, strict=True)
-        )
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention of CPUs has a gradient without an ONNX form
+    described = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def describe(name: str, value: Tensor) -> Tensor:
+        """Sizes are numbers but for the rows, a symbol where they are free."""
+        sizes = [DimDynamic.STATIC] * value.ndim
+        if free_rows and name not in graph.shared:
+            value = value[:1].repeat(_ROWS, *[1] * (value.ndim - 1))
+            sizes[0] = DimDynamic.DYNAMIC
+        return described.from_tensor(value, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+    def gradient(first: Tensor, *others: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = first.detach().requires_grad_()
+            return torch.autograd.grad(graph.module(point, *others), point)[0]
+
+    inputs = [describe(name, value) for name, value in zip(graph.names, graph.inputs, strict=True)]
+    # the fused attention of CPUs has a gradient without an ONNX form
+    with described, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):
         trace = make_fx(
-            torch.func.grad(graph.module),
-            decomposition_table=dict(core_aten_decompositions()),
-            tracing_mode="symbolic" if free_rows else "fake",
+            gradient,
+            decomposition_table={
+                **core_aten_decompositions(),
+                # TensorRT's has no second output, the deviation that the gradient needs
+                **get_decompositions([torch.ops.aten.native_layer_norm]),
+            },
             _allow_non_fake_inputs=True,
         )
         module = trace(*inputs)
@@ -222,7 +270,7 @@ def _goals(model: OutcomeModel, config: DynaGuideConfig, places: Sequence[Any]) 
     """Values of goals, (G, *shape) for each of the outcome's keys; empty where there is none."""
     keys, limit = model.spec.goals, config.goals_per_behaviour
     found = [goal for place in places for goal in load_goals(place, keys, limit, f"dynaguide: {place}")]
-    return tuple(torch.stack([torch.as_tensor(goal[key.key]) for goal in found]) for key in keys) if found else ()
+    return tuple(torch.from_numpy(np.stack([goal[key.key] for goal in found])) for key in keys) if found else ()
 
 
 def _in_places(positive: Tensor | None, negative: Tensor | None) -> tuple[Tensor, Tensor]:

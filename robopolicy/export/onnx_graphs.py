@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnx_ir
 import torch
+from onnx import helper, numpy_helper
 from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from robopolicy.policies.base import ExportGraph
 Exporter = Literal["dynamo", "torchscript"]
 """``dynamo``: torch.export's graph, the maintained way. ``torchscript``: the older tracer; faster, larger graphs."""
 OPSET = {"dynamo": 18, "torchscript": 17}
+_FEW = 1024  # numbers; smaller tensors are biases and constants of the solver
 _ROWS = 2  # exporters take a dimension of 1 for a constant
 
 
@@ -78,6 +81,29 @@ def _tidy(path: Path) -> None:
     passes.DeduplicateHashedInitializersPass(size_limit=1 << 34)(model)
     passes.ClearMetadataAndDocStringPass()(model)
     onnx_ir.save(model, path)
+
+
+def halve_weights(path: Path) -> None:
+    """Store the weights of a float32 graph in half precision; they become float32 again when it is loaded.
+
+    For OpenVINO on a CPU, which computes in float32 anyway: 2026.4 crashes on some graphs that are float16 inside.
+    """
+    model = onnx.load(path)
+    casts = []
+    for weight in model.graph.initializer:
+        if weight.data_type != onnx.TensorProto.FLOAT or np.prod(weight.dims) < _FEW:
+            continue
+        values = numpy_helper.to_array(weight)
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        name = weight.name
+        weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}/half"))
+        casts.append(helper.make_node("Cast", [f"{name}/half"], [name], to=onnx.TensorProto.FLOAT))
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*casts, *nodes])
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
 
 
 class FlatInputs(nn.Module):

@@ -61,7 +61,7 @@ class EncoderGraph(nn.Module):
             action = policy.normalizer[policy.spec.action.key]
             low, high = (bound.squeeze(1) for bound in action.bounds(domain))
             found = (*found, torch.stack([action.scale[domain], action.offset[domain], low, high], dim=1))
-        return found
+        return tuple(part.clone() if any(part is given for given in inputs) else part for part in found)
 
 
 class Network(nn.Module):

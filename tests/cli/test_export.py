@@ -53,8 +53,8 @@ def test_an_engine_plays_the_episodes_of_its_policy(pusht_bundle: Path, tmp_path
     assert main(["eval", bundle, *common, f"out={tmp_path / 'torch'}", "sampler.steps=3"]) == 0
     engine, torch_ = (EvaluationResult.load(tmp_path / name) for name in ("engine", "torch"))
     assert [e.steps for e in engine.episodes] == [e.steps for e in torch_.episodes]
-    for a, b in zip(engine.episodes, torch_.episodes, strict=True):
-        assert abs(a.actions[:20] - b.actions[:20]).max() < 0.5  # px; contacts enlarge the last digits later on
+    ours, own = ([e.score for e in result.episodes] for result in (engine, torch_))
+    assert ours == pytest.approx(own, abs=0.02)  # contacts enlarge the last digits
     assert engine.protocol.policy["engine"] == "onnxruntime-fp32"
 
 
@@ -64,8 +64,8 @@ def test_mistakes(fails, bundle: Path) -> None:
     assert "openvino" in fails(*export, "backend=openvin")
     message = fails(*export, "backend=tensorrt_rtx", "device-capability=sm90")
     assert "sm90" in message and "aot_inductor" in message
-    assert "guidance_threshold" in fails(*export, "sampler.guidance_threshold=0.9") or True
-    assert "Please name a bundle" in fails("export") or "bundle=…" in fails("export")
+    assert "Set sampler.guidance_threshold=null" in fails(*export, *QUICK, "sampler.guidance_threshold=0.9")
+    assert "bundle=…" in fails("export")
     assert "refused" in fails(*export, *QUICK, "tolerance=1e-12") and engine_names(bundle) == []
     assert "has no engine 'fast'" in fails("eval", f"bundle={bundle}", "engine=fast")
     assert main([*export, *QUICK]) == 0

@@ -35,11 +35,11 @@ def bundle_of(policy, path):
     return path
 
 
-def build(path, policy=None, observations=None, judge=None, **config):
+def build(path, policy=None, seen=None, judge=None, **config):
     loaded, about = load_bundle(path)
     policy = policy or loaded
-    observations = observations or find_observations(policy, about, 16)
-    return build_engine(policy, about, path, ExportConfig(**(QUICK | config)), observations, COMMAND, judge)
+    seen = seen or find_observations(policy, about, 16)
+    return build_engine(policy, about, path, ExportConfig(**(QUICK | config)), seen, COMMAND, judge)
 
 
 @pytest.fixture(scope="module")
@@ -255,16 +255,16 @@ def test_instructions_and_goals_are_given_by_name(tmp_path):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_half_and_int8_are_smaller_and_near(backend, tmp_path):
-    path = bundle_of(short(make("unet edm"), 2), tmp_path / "last")
+    path = bundle_of(short(make("mlp ddpm"), 2), tmp_path / "last")
     sizes = {}
     for precision in ("fp32", "fp16", "int8"):
-        exporter = "dynamo" if precision == "fp16" else "torchscript"
+        exporter = "dynamo" if (backend, precision) == ("onnxruntime", "fp16") else "torchscript"
         made = build(path, backend=backend, precision=precision, exporter=exporter, calibration=8, tolerance=0.2)
         assert 0 < made.manifest.parity.max_share <= 0.2
         sizes[precision] = (made.folder / "sampler.onnx").stat().st_size
         open_engine(path, made.manifest.name)
     assert sizes["fp16"] < 0.7 * sizes["fp32"] and sizes["int8"] < 0.6 * sizes["fp32"]
-    assert made.manifest.quantization["layers"] > 10 and "int8 in" in made.reports[0]
+    assert made.manifest.quantization["layers"] > 5 and "int8 in" in made.reports[0]
 
 
 @pytest.mark.parametrize(

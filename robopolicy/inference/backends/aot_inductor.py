@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from robopolicy.errors import UserError
+from robopolicy.inference.cpu import cpu_instructions
 from robopolicy.inference.rows import rows_of
 from robopolicy.inference.session import Session, TensorSpec
 
@@ -23,22 +24,6 @@ ENTRY = "robopolicy"
 """Where our description lies in the metadata that torch keeps inside a package."""
 _METADATA = "_metadata.json"
 _LARGEST_METADATA = 1 << 20
-CPU_FILE = Path("/proc/cpuinfo")
-# What a compiler uses by itself under -march=native; other flags of a CPU do not decide whether a program runs.
-_INSTRUCTIONS = frozenset(
-    """ssse3 sse4_1 sse4_2 popcnt movbe abm bmi1 bmi2 f16c fma avx avx2 avx_vnni avx512f avx512bw avx512cd avx512dq
-    avx512vl avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq avx512_bf16 avx512_fp16
-    asimd asimdhp asimddp asimdfhm atomics fphp bf16 i8mm sve sve2 svebf16 svei8mm""".split()  # noqa: SIM905
-)
-
-
-def cpu_instructions(cpuinfo: str) -> list[str]:
-    """Instruction sets of a CPU that compiled code may use, from the text of Linux' ``/proc/cpuinfo``."""
-    for line in cpuinfo.splitlines():
-        name, _, flags = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return sorted(_INSTRUCTIONS.intersection(flags.split()))
-    return []
 
 
 def native_target(device: str = "cpu") -> dict[str, Any]:
@@ -50,7 +35,7 @@ def native_target(device: str = "cpu") -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "torch": torch.__version__.partition("+")[0],
-        "instructions": cpu_instructions(CPU_FILE.read_text() if CPU_FILE.is_file() else ""),
+        "instructions": cpu_instructions(),
     }
     if target["device"] == "cuda":
         if not torch.cuda.is_available():

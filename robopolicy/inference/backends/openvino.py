@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from robopolicy.errors import UserError, require_extra
+from robopolicy.inference.cpu import cpu_instructions
 from robopolicy.inference.session import Session, TensorSpec
 
 Precision = Literal["f32", "bf16", "f16"]
@@ -37,7 +38,13 @@ class OpenVinoSession(Session):
     name = "openvino"
 
     def __init__(
-        self, path: Path, *, precision: Precision, threads: int = 1, device: str = "CPU", cache: Path | None = None
+        self,
+        path: Path,
+        *,
+        precision: Precision,
+        threads: int = 1,
+        device: str = "CPU",
+        cache: Path | None = None,
     ) -> None:
         ov = require_extra("openvino", "openvino")
         core = ov.Core()
@@ -52,6 +59,9 @@ class OpenVinoSession(Session):
         if device.startswith("CPU"):
             # Two processes that pin their threads may choose the same core.
             config |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+            if "avx512f" not in cpu_instructions():
+                # 2026.4 fuses Mish with its neighbours and crashes there; what it fuses otherwise gains nothing here.
+                config["SNIPPETS_MODE"] = "DISABLE"
         if cache is not None:
             config["CACHE_DIR"] = str(_own_folder(cache) / f"{_digest(path)}-{precision}")
         self._compiled = _compile(core, path, device, config)
@@ -89,13 +99,7 @@ def _check_device(core: Any, device: str, precision: str) -> None:
 
 def _compile(core: Any, path: Path, device: str, config: Mapping[str, Any]) -> Any:
     try:
-        try:
-            return core.compile_model(str(path), device, dict(config))
-        except RuntimeError as error:
-            # OpenVINO 2026.4 fuses Mish with neighbours on CPUs without AVX-512, and then cannot generate the code.
-            if not device.startswith("CPU") or "snippets" not in str(error):
-                raise
-            return core.compile_model(str(path), device, {**config, "SNIPPETS_MODE": "DISABLE"})
+        return core.compile_model(str(path), device, dict(config))
     except RuntimeError as error:
         raise UserError(
             f"{path}: OpenVINO cannot load it ({' '.join(str(error).split())}). Export the policy again."
