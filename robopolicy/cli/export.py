@@ -66,7 +66,6 @@ class Settings:
     rows: int | None
     max_rows: int
     exporter: str
-    loop: bool
     observations: int
     calibration: int
     seed: int
@@ -76,6 +75,7 @@ class Settings:
     eval: bool
     episodes: int
     first_seed: int
+    loop: bool | None = None
     name: str | None = None
     tolerance: float | None = None
     data: str | None = None

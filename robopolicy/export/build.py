@@ -48,6 +48,7 @@ from robopolicy.manifest import bundle_fingerprint, file_sha256
 from robopolicy.policies.base import ExportGraph
 from robopolicy.policies.consistency_ac import ConsistencyAc
 from robopolicy.policies.denoising import DenoisingPolicy
+from robopolicy.policies.mode import Mode
 from robopolicy.steering.base import Steering
 from robopolicy.steering.dynaguide import DynaGuide, DynaGuideConfig
 from robopolicy.steering.policy import SteeredPolicy
@@ -84,7 +85,8 @@ class ExportConfig:
         rows: observations of one call; None: any number up to ``max_rows``, with which values can rank candidates.
         max_rows: limit of TensorRT and AOTInductor where the number is free.
         exporter: which of torch's ONNX exporters.
-        loop: the sampler as an ONNX loop instead of unrolled.
+        loop: the sampler as an ONNX loop instead of unrolled; None: where it pays, which is on CPUs, but for experts
+            that an unrolled sampler has as constants.
         capabilities: of the GPUs that TensorRT builds for, e.g. ``sm89``; empty: the GPU of this machine.
         tolerance: largest error of a chunk as a share of the action's range; None: by precision.
         observations: how many are compared.
@@ -103,7 +105,7 @@ class ExportConfig:
     rows: int | None = 1
     max_rows: int = 16
     exporter: Exporter = "dynamo"
-    loop: bool = False
+    loop: bool | None = None
     capabilities: tuple[str, ...] = ()
     tolerance: float | None = None
     observations: int = 64
@@ -282,7 +284,7 @@ class _Build:
             return
         log.info("capturing %s", name)
         path = self._folder / f"{name}.onnx"
-        if name == "sampler" and config.loop:
+        if name == "sampler" and self._looped:
             dtype = _dtype(config)
             export_loop(self._policy, graph, path, dtype=dtype, exporter=config.exporter, free_rows=free)
         else:
@@ -363,6 +365,15 @@ class _Build:
         self.reports.append(
             f"{name}: {plan.layers} layers ({kinds}), {len(plan.data) / 1e6:.1f} MB for "
             f"{', '.join(plan.capabilities)}, built in {plan.seconds:.1f} s"
+        )
+
+    @property
+    def _looped(self) -> bool:
+        config, policy = self._config, self._policy
+        if config.loop is not None or config.precision == "int8":
+            return bool(config.loop)
+        return (
+            config.backend in ("onnxruntime", "openvino") and policy.network_calls > 1 and not isinstance(policy, Mode)
         )
 
     @property
