@@ -4,7 +4,8 @@ Both servers run the same engine, in processes of their own with one thread for 
 busy machine slows both. The plain server is openpi's: it computes inside the event loop that reads from the sockets.
 Each robot is a process that wants a chunk ``hz`` times a second, from fresh images. openpi's public client waits for
 its chunk, and lets a tick go that it is late for; latency counts from sending. Our own client sends at every tick,
-whether or not the last chunk has come (pipelined); latency counts from the tick. A request without a reply is lost.
+whether or not the last chunk has come (pipelined); latency counts from the tick, and superseded requests have none. So
+its latencies cannot be compared with those of the waiting client. A request without a reply is lost.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import logging
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -255,14 +257,19 @@ def main() -> None:
     from results import machine, print_table, save_json  # here: the robots' processes need no torch
 
     about = machine()
+    before = os.getloadavg()
     rows, engine = measure(arguments)
+    after = os.getloadavg()
     columns = ["server", "client", "requests", "replies", "lost", "superseded", "skipped", "p50 ms", "p99 ms", "max ms"]
     title = f"{engine}: {arguments.clients} robots at {arguments.hz:g} Hz for {arguments.seconds:g} s"
     texts = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in asdict(r).values()] for r in rows]
     print_table(title, columns, texts)
-    ratios = [rows[1].p99_ms / rows[0].p99_ms, rows[1].p99_ms / rows[2].p99_ms]
-    print("p99 of the plain server / p99 of robopolicy: {:.2f} with openpi's client, {:.2f} pipelined".format(*ratios))
-    save_json(arguments.json, [asdict(r) for r in rows], about | vars(arguments) | {"p99_ratios": ratios})
+    ratio = rows[1].p99_ms / rows[0].p99_ms
+    print(f"p99 of the plain server / p99 of robopolicy, both with openpi's client: {ratio:.2f}")
+    one, five = (f"{before[i]:.1f} before, {after[i]:.1f} after" for i in (0, 1))
+    print(f"load of the machine in 1 minute: {one}; in 5 minutes: {five}; {os.cpu_count()} cores")
+    loads = {"load_before": before, "load_after": after}
+    save_json(arguments.json, [asdict(r) for r in rows], about | vars(arguments) | {"p99_ratio": ratio} | loads)
 
 
 if __name__ == "__main__":

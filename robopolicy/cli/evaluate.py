@@ -91,6 +91,7 @@ class Settings:
     goal: str | None = None
     out: str | None = None
     engine: str | None = None
+    allow_native_code: bool = False
     sampler: Sampler = field(default_factory=Sampler)
     steering: dict[str, Any] = field(default_factory=dict)
 
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
             "sampler": asdict(policy.sampler),
             "batches": batches,  # they decide the last digits
             **({"goal": goal} if goal else {}),
-            **({"engine": settings.engine} if settings.engine else {}),
+            **engine_entry(settings, path),
             **steering_entry(settings.steering),
         },
         "player": player(settings.launcher, **launch),
@@ -157,16 +158,34 @@ def with_engine(policy: Policy, settings: Settings, bundle: Path) -> EnginePolic
         UserError: it cannot be opened; or the settings ask for what is fixed in an engine.
     """
     from robopolicy.export.engine_policy import EnginePolicy
-    from robopolicy.inference.policy import open_engine
+    from robopolicy.export.open import open_policy
 
     if settings.steering or any(value is not None for value in asdict(settings.sampler).values()):
         raise UserError("An engine samples as it was exported; leave steering and sampler out, or export another one.")
     if settings.launcher != "local":
         raise UserError(f"launcher={settings.launcher} plays policies in torch only; use launcher=local.")
-    assert settings.engine is not None
-    engine = open_engine(bundle, settings.engine, threads=settings.threads)
+    device = None if settings.device in ("auto", "cpu") else settings.device
+    engine = open_policy(
+        bundle,
+        settings.engine,
+        threads=settings.threads,
+        device=device,
+        allow_native_code=settings.allow_native_code,
+    )
     engine.instruction, engine.goal = policy.instruction, policy.goal
     return EnginePolicy(engine)
+
+
+def engine_entry(settings: Settings, bundle: Path) -> dict[str, Any]:
+    """What the protocol says of an engine: what it is, and how it samples in the policy's place."""
+    from robopolicy.inference.engine import engine_names, read_engine
+
+    if settings.engine not in engine_names(bundle):
+        return {"engine": settings.engine} if settings.engine else {}
+    manifest, _ = read_engine(bundle, settings.engine)
+    graphs = {name: graph.sha256[:16] for name, graph in manifest.graphs.items()}
+    about = {"name": manifest.name, "backend": manifest.backend, "precision": manifest.precision, "graphs": graphs}
+    return {"engine": about, "sampler": manifest.sampler}
 
 
 def steer(policy: Policy, settings: Settings) -> Policy | SteeredPolicy:

@@ -70,8 +70,7 @@ class Settings:
     calibration: int
     seed: int
     threads: int
-    candidates: int
-    temperature: float
+    device: str
     eval: bool
     episodes: int
     first_seed: int
@@ -80,6 +79,8 @@ class Settings:
     tolerance: float | None = None
     data: str | None = None
     critic: str | None = None
+    candidates: int | None = None
+    temperature: float | None = None
     dynaguide: dict[str, Any] | None = None
     sampler: Sampler = field(default_factory=Sampler)
 
@@ -96,15 +97,15 @@ def run(args: argparse.Namespace) -> int:
     from robopolicy.policies.bundle import load_bundle
     from robopolicy.policies.denoising import DenoisingPolicy
 
-    torch.set_num_threads(settings.threads)
     values = {f.name: getattr(settings, f.name) for f in fields(ExportConfig) if hasattr(settings, f.name)}
     values["capabilities"] = _capabilities(settings.device_capability)
     config = dataclass_from(ExportConfig, values, "")
+    torch.set_num_threads(config.threads)
     bundle = Path(settings.bundle)
     policy, about = load_bundle(bundle)
     assert isinstance(policy, DenoisingPolicy)  # as all families are
     override_sampler(policy, settings.sampler)
-    count = max(config.observations, config.calibration if config.precision == "int8" else 0)
+    count = config.observations + (config.calibration if config.precision == "int8" else 0)
     observations = find_observations(policy, about, count, data=settings.data, seed=settings.seed)
     command = shlex.join(["robopolicy", "export", *args.overrides])
     judge = _paired_evaluation(policy, about, settings) if settings.eval else None

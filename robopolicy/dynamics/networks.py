@@ -121,7 +121,7 @@ class OutcomeTransformer(nn.Module):
 
     def forward(self, steps: Tensor, chunk: Tensor, level: Tensor) -> Tensor:
         """See `OutcomeMlp.forward`."""
-        first = self.level(level)[:, None].expand(len(chunk), -1, -1)
+        first = self.level(level)[:, None].expand(chunk.shape[0], -1, -1)
         tokens = torch.cat([first, self.steps(Context(steps)), self.actions(chunk)], dim=1)
         return self.head(self.blocks(tokens)[:, 0])
 

@@ -19,6 +19,7 @@ from robopolicy.evaluation.environments import Environment, environment
 from robopolicy.evaluation.evaluate import evaluate
 from robopolicy.evaluation.results import EvaluationResult, Metric, write_json
 from robopolicy.evaluation.statistics import bootstrap_mean
+from robopolicy.export.engine_policy import EnginePolicy
 from robopolicy.policies.base import Policy
 from robopolicy.steering.policy import SteeredPolicy
 
@@ -109,7 +110,12 @@ def task_names(places: Sequence[TaskPlace]) -> list[str]:
 
 
 def evaluate_tasks(
-    policy: Policy | SteeredPolicy, places: Sequence[TaskPlace], out: Path, *, videos: int = 8, **how: Any
+    policy: Policy | SteeredPolicy | EnginePolicy,
+    places: Sequence[TaskPlace],
+    out: Path,
+    *,
+    videos: int = 8,
+    **how: Any,
 ) -> TasksResult:
     """Evaluate a policy on each of its tasks, on the same seeds.
 

@@ -37,8 +37,9 @@ def build_package(graph: ExportGraph, path: Path, *, max_rows: int | None = None
     """
     require_compiler()
     free = [name for name in graph.names if name not in graph.shared] if max_rows is not None else []
-    inputs = tuple(
-        _two_rows(value) if name in free else value for name, value in zip(graph.names, graph.inputs, strict=True)
+    inputs = tuple(  # the package takes the examples' strides for granted, and sessions give contiguous arrays
+        (_two_rows(value) if name in free else value).contiguous()
+        for name, value in zip(graph.names, graph.inputs, strict=True)
     )
     device = inputs[0].device.type
     rows = torch.export.Dim("rows", min=1, max=max_rows)

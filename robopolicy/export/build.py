@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 import robopolicy
-from robopolicy.errors import UserError
+from robopolicy.data.durable import sync_path
+from robopolicy.errors import UserError, require_extra
 from robopolicy.export.borders import borders, torch_session
 from robopolicy.export.critic import critic_graphs
 from robopolicy.export.engine_policy import noise_of
@@ -26,7 +29,8 @@ from robopolicy.export.observations import Observations
 from robopolicy.export.onnx_graphs import OPSET, Exporter, export_onnx, halve_weights
 from robopolicy.export.parity import TOLERANCE, action_range, check_parity, compare
 from robopolicy.export.quantize import QuantizeConfig, quantize
-from robopolicy.inference.backends.open import open_session
+from robopolicy.inference.backends.open import OPENVINO_HINT, PACKAGES, cache_root, open_session
+from robopolicy.inference.backends.openvino import check_device
 from robopolicy.inference.cpu import cpu_instructions
 from robopolicy.inference.device_memory import present_gpu
 from robopolicy.inference.engine import (
@@ -63,13 +67,6 @@ PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "tensorrt": ("fp32", "fp16", "bf16", "int8"),
     "aot_inductor": ("fp32", "fp16", "bf16"),
 }
-PACKAGES = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "openvino": ("openvino",),
-    "tensorrt_rtx": ("tensorrt_rtx_cu13_bindings",),
-    "tensorrt": ("tensorrt",),
-    "aot_inductor": (),
-}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 GOLDEN_ROWS = 4
 
@@ -94,8 +91,9 @@ class ExportConfig:
         threads: CPU threads while comparing.
         seed: of observations and noise.
         critic: bundle of a critic that chooses among candidates (V-GPS); None: none.
-        candidates: chunks it chooses from.
-        temperature: of its choice; 0 takes the best.
+        candidates: chunks it chooses from; None: 10.
+        temperature: of its choice; 0 takes the best; None: 0.
+        device: where AOTInductor's graphs run, ``cpu`` or ``cuda``; it builds for the GPU of this machine.
         dynaguide: a dynamics model and goals that guide the sampling; None: none.
     """
 
@@ -113,8 +111,9 @@ class ExportConfig:
     threads: int = 1
     seed: int = 0
     critic: str | None = None
-    candidates: int = 10
-    temperature: float = 0.0
+    candidates: int | None = None
+    temperature: float | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
     dynaguide: DynaGuideConfig | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +124,12 @@ class ExportConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1.")
+        if (self.tolerance is not None and self.tolerance <= 0) or (self.temperature or 0) < 0:
+            raise UserError(f"tolerance={self.tolerance} must be above 0, temperature={self.temperature} at least 0.")
+        if self.critic is None and (self.candidates is not None or self.temperature is not None):
+            raise UserError("candidates and temperature are for a critic that chooses; give one with critic=….")
+        if self.device != "cpu" and self.backend != "aot_inductor":
+            raise UserError("device is for backend=aot_inductor; other engines are told when they are opened.")
         if self.observations < GOLDEN_ROWS:
             raise UserError(f"observations={self.observations} must be at least {GOLDEN_ROWS}.")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
@@ -195,19 +200,27 @@ def build_engine(
             nothing is written.
     """
     folder = bundle / FOLDER / config.engine
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if judge is not None and not _runs_here(config):
+        raise UserError("eval=true plays with the engine, which this machine cannot run; build it on the robot.")
+    if config.precision == "int8" and not observations.real:
+        raise UserError("precision=int8 is calibrated on real observations; give the dataset with data=….")
+    check_backend(config)
+    folder.parent.mkdir(exist_ok=True)
+    partial = _unfinished(folder)
     try:
         build = _Build(policy, config, observations, partial)
-        if judge is not None and not build.runs_here:
-            raise UserError("eval=true plays with the engine, which this machine cannot run; build it on the robot.")
         manifest = build.manifest(bundle_fingerprint(about), command)
         if judge is not None:
             manifest = replace(manifest, evaluation=judge(build.policy(manifest)))
         manifest.write(partial)
-        shutil.rmtree(folder, ignore_errors=True)
+        for written in (*partial.iterdir(), partial):
+            sync_path(written)
+        old = partial.with_suffix(".old")
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(partial, folder)
+        sync_path(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Built(folder, manifest, tuple(build.reports))
@@ -221,7 +234,7 @@ class _Build:
         self.reports: list[str] = []
         self._quantization: dict[str, Any] = {}
         self._target: dict[str, Any] = {}
-        self.runs_here = not config.backend.startswith("tensorrt") or _covers_this_gpu(config.capabilities)
+        self.runs_here = _runs_here(config)
         self.candidates, critic = self._critic()
         ranked = self.candidates is not None
         if ranked and config.rows is not None:
@@ -232,7 +245,6 @@ class _Build:
         if self._guided is not None:
             plain = {name: self._graphs[name] for name in ("encoder", "denoiser")}
             self._graphs = plain | self._guided.graphs | critic
-        self._check_target()
         self._plain: dict[str, Path] = {}
         for name, graph in self._graphs.items():
             self._write(name, graph)
@@ -248,7 +260,7 @@ class _Build:
                 "policy with candidates=1."
             )
         batch = self._observations.rows(config.rows or 2)
-        return critic_graphs(policy, Path(config.critic), batch, config.candidates, config.temperature)
+        return critic_graphs(policy, Path(config.critic), batch, config.candidates or 10, config.temperature or 0.0)
 
     def _guidance(self) -> GuidanceExport | None:
         config = self._config
@@ -260,19 +272,6 @@ class _Build:
     def _captured(self, dtype: torch.dtype) -> dict[str, ExportGraph]:
         return self._policy.export_graphs(self._observations.rows(self._config.rows or 2), dtype)
 
-    def _check_target(self) -> None:
-        """Refuse what the backend or the GPU cannot take, before anything is built."""
-        config = self._config
-        if config.backend.startswith("tensorrt"):
-            from robopolicy.export.tensorrt import check_targets
-
-            formats = {"fp16": ["float16"], "bf16": ["bfloat16"], "int8": ["int8"]}.get(config.precision, [])
-            check_targets(config.capabilities, self._flavour, formats)
-
-    @property
-    def _flavour(self) -> Literal["rtx", "classic"]:
-        return "rtx" if self._config.backend == "tensorrt_rtx" else "classic"
-
     def _write(self, name: str, graph: ExportGraph) -> None:
         """Write a graph's file for the backend, and its ONNX form where there is one."""
         config = self._config
@@ -280,7 +279,8 @@ class _Build:
         if config.backend == "aot_inductor":
             from robopolicy.export.aot_inductor import build_package
 
-            build_package(graph, self._folder / f"{name}.pt2", max_rows=self._most_rows if free else None)
+            path = self._folder / f"{name}.pt2"
+            build_package(self._on_device(name, graph), path, max_rows=self._most_rows if free else None)
             return
         log.info("capturing %s", name)
         path = self._folder / f"{name}.onnx"
@@ -303,25 +303,26 @@ class _Build:
         """Replace the sampler by an int8 version that keeps the chunks within the tolerance."""
         config = self._config
         rows = config.rows or 1
+        judged = self._observations.rows(config.observations)  # others than those that it is calibrated with
         with torch.no_grad():
-            inputs, wanted = self._sampler_inputs(config.calibration)
-        scale = action_range(self._policy)
+            inputs, wanted = self._sampler_inputs(judged)
+            seen, _ = self._sampler_inputs(self._observations.rows(config.calibration, config.observations))
+        scale = action_range(self._policy, judged)
 
-        def runs(count: int) -> list[dict[str, np.ndarray]]:
-            return [{k: v[i : i + rows] for k, v in inputs.items()} for i in range(0, count - rows + 1, rows)]
+        def runs(values: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+            count = len(values["noise"])
+            return [{k: v[i : i + rows] for k, v in values.items()} for i in range(0, count - rows + 1, rows)]
 
         judged_by = config.backend if self.runs_here else "onnxruntime"  # int8 differs from backend to backend
 
         def error(model: Path) -> float:
             with open_session(model, replace(self._draft(), backend=judged_by), threads=config.threads) as session:
-                found = np.concatenate([session(run)["chunk"] for run in runs(config.calibration)])
-            return compare(found, wanted[: len(found)], scale, "", 0).max_share
+                found = np.concatenate([session(run)["chunk"] for run in runs(inputs)])
+            return compare(found, wanted[: len(found)], scale[: len(found)], "", 0).max_share
 
         plain = path.with_name("plain.onnx")
         os.replace(path, plain)
-        report = quantize(
-            plain, path, runs(config.calibration), judge=error, tolerance=config.limit, config=self._int8()
-        )
+        report = quantize(plain, path, runs(seen), judge=error, tolerance=config.limit, config=self._int8())
         plain.unlink()
         self.reports.append(str(report))
         self._quantization = {
@@ -337,9 +338,8 @@ class _Build:
             return QuantizeConfig()
         return QuantizeConfig(symmetric=False, weight_bits=8 if "vnni" in " ".join(cpu_instructions()) else 7)
 
-    def _sampler_inputs(self, count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Inputs of the sampler on real observations, and the chunks (B, H, A) in float."""
-        batch = self._observations.rows(count)
+    def _sampler_inputs(self, batch: dict[str, Tensor]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Inputs of the sampler on observations, and the chunks (B, H, A) in float."""
         encoder, sampler = (self._policy.export_graphs(batch)[name] for name in ("encoder", "sampler"))
         generator = torch.Generator().manual_seed(self._config.seed + 1)
         noise = torch.randn(sampler.inputs[0].shape, generator=generator)
@@ -355,12 +355,12 @@ class _Build:
         plan = build_plan(
             path,
             config.capabilities,
-            self._flavour,
+            _flavour(config),
             rows=(1, min(self.candidates.count if self.candidates else 1, most), most),
-            timing_cache=self._folder.parent / "timing.cache" if self._flavour == "classic" else None,
+            timing_cache=_timing_cache() if _flavour(config) == "classic" else None,
         )
         path.with_suffix(".plan").write_bytes(plan.data)
-        self._target = {"capabilities": list(plan.capabilities), "version": plan.version}
+        self._target = {"capabilities": list(plan.capabilities), "version": plan.version, **_driver(config)}
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.precisions.items()))
         self.reports.append(
             f"{name}: {plan.layers} layers ({kinds}), {len(plan.data) / 1e6:.1f} MB for "
@@ -429,6 +429,8 @@ class _Build:
             draft = replace(draft, guidance=guidance)
         exported, ran = self._runnable(draft)
         parity = self._parity(exported, ran)
+        if self._guided is None:
+            self._check_denoiser(draft)
         check_parity(parity, self._policy, f"The engine {self._config.engine}")
         exported.close()
         return replace(draft, parity=parity, golden=file_sha256(self._folder / GOLDEN))
@@ -439,25 +441,23 @@ class _Build:
 
     def _runnable(self, manifest: EngineManifest) -> tuple[ExportedPolicy, str]:
         """The engine; where this machine cannot run it, what it was made from."""
-        threads, folder = self._config.threads, self._folder
-
-        def load(name: str) -> Session:
-            file = folder / manifest.graphs[name].file
-            return open_session(file, manifest, threads=threads, allow_native_code=True)
-
-        def load_plain(name: str) -> Session:
-            return open_session(self._plain[name], replace(manifest, backend="onnxruntime"), threads=threads)
-
-        def load_torch(name: str) -> Session:
-            return torch_session(self._graphs[name], threads=threads)
-
+        exported = exported_policy(
+            manifest, self._policy.spec, lambda name: self._session(manifest, name), self._folder
+        )
         if self.runs_here:
-            return exported_policy(manifest, self._policy.spec, load, folder), manifest.backend
+            return exported, manifest.backend
+        ran = "torch" if self._config.precision == "bf16" else "ONNX Runtime"
+        return exported, f"in {ran}, the plan itself was not run"
+
+    def _session(self, manifest: EngineManifest, name: str) -> Session:
+        """A graph, on the backend where it runs here."""
+        threads = self._config.threads
+        if self.runs_here:
+            file = self._folder / manifest.graphs[name].file
+            return open_session(file, manifest, threads=threads, allow_native_code=True)
         if self._config.precision == "bf16":  # for which ONNX Runtime has no CPU kernels
-            exported = exported_policy(manifest, self._policy.spec, load_torch, folder)
-            return exported, "in torch, the plan itself was not run"
-        exported = exported_policy(manifest, self._policy.spec, load_plain, folder)
-        return exported, "in ONNX Runtime, the plan itself was not run"
+            return torch_session(self._graphs[name], threads=threads)
+        return open_session(self._plain[name], replace(manifest, backend="onnxruntime"), threads=threads)
 
     def _parity(self, exported: ExportedPolicy, ran: str) -> Parity:
         config, policy = self._config, self._policy
@@ -468,15 +468,75 @@ class _Build:
             wanted = self._wanted(batch, [torch.Generator().manual_seed(s) for s in seeds])
         noise = noise_of(exported, [torch.Generator().manual_seed(s) for s in seeds])
         arrays = {key: value.numpy() for key, value in batch.items()}
-        scale = action_range(policy)
+        scale = action_range(policy, batch)
+        previous, mask = self._kept(batch, scale)
+        if mask.any():
+            kept = self._masked(batch, noise, previous, mask)
+            wanted = np.where(np.any(mask, axis=1, keepdims=True)[..., None], kept, wanted)
         few = slice(0, GOLDEN_ROWS)
-        save_golden(self._folder / GOLDEN, {k: v[few] for k, v in arrays.items()}, noise[few], wanted[few], scale)
+        sampling = {"noise": noise, "previous": previous, "mask": mask, "chunk": wanted}
+        golden = {name: value[few] for name, value in sampling.items()}
+        save_golden(self._folder / GOLDEN, {k: v[few] for k, v in arrays.items()}, golden, scale[few])
         observations: dict[str, Any] = dict(arrays)
         if policy.spec.tasks:
             observations["instruction"] = [policy.spec.tasks[i].instruction for i in batch["task"].tolist()]
-        found = exported.sample(observations, noise)
+        found = exported.sample(observations, noise, previous, mask)
         source = f"{self._observations.source}; compared {ran}" if ran != config.backend else self._observations.source
         return compare(found, wanted, scale, source, config.limit)
+
+    def _kept(self, batch: Mapping[str, Tensor], scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For every other row a chunk to agree with and how far, as in real-time chunking; nothing where steered."""
+        spec, rows = self._policy.spec, len(scale)
+        rng = np.random.default_rng(self._config.seed)
+        previous = np.zeros((rows, spec.horizon, spec.action.dim), np.float32)
+        mask = np.zeros((rows, spec.horizon), np.float32)
+        if self.candidates is None and self._guided is None:
+            action = self._policy.normalizer[spec.action.key]
+            middle = action.unnormalize(torch.zeros(rows, 1, spec.action.dim), self._policy.domain(batch)).numpy()
+            previous[1::2] = (middle + scale * rng.uniform(-0.4, 0.4, previous.shape))[1::2]
+            mask[1::2] = np.clip(np.linspace(1.5, -0.5, spec.horizon), 0, 1)
+        return previous, mask
+
+    def _masked(
+        self, batch: dict[str, Tensor], noise: np.ndarray, previous: np.ndarray, mask: np.ndarray
+    ) -> np.ndarray:
+        """The policy's chunks that agree with a previous one."""
+        graphs = self._policy.export_graphs(batch)
+        with torch.no_grad():
+            found = graphs["encoder"].module(*graphs["encoder"].inputs)
+            given = (torch.from_numpy(value) for value in (noise, previous, mask))
+            return graphs["sampler"].module(*given, *found).numpy()
+
+    def _check_denoiser(self, manifest: EngineManifest) -> None:
+        """Raise a `UserError` where the graph of the denoiser alone, which sampling does not use, is too far off."""
+        rows, limit = self._config.rows or 2, self._config.limit
+        graph = self._policy.export_graphs(self._observations.rows(rows))["denoiser"]
+        generator = torch.Generator().manual_seed(self._config.seed)
+        x = torch.randn(graph.inputs[0].shape, generator=generator) * self._policy.process.largest_noise
+        values = (x, *graph.inputs[1:])
+        with torch.no_grad():
+            wanted = graph.module(*values).numpy()
+        with self._session(manifest, "denoiser") as session:
+            inputs = {name: value.numpy() for name, value in zip(graph.names, values, strict=True)}
+            found = session(inputs)["clean"]
+        share = float(np.abs(found - wanted).max() / max(2.0, np.abs(wanted).max()))  # of the normalised range
+        if not share <= limit:
+            raise UserError(
+                f"The engine {self._config.engine} is refused: its denoiser is {100 * share:.3g} % off, allowed are "
+                f"{100 * limit:.3g} %. Nothing was written. Choose a higher precision, or allow more with tolerance=…"
+            )
+
+    def _on_device(self, name: str, graph: ExportGraph) -> ExportGraph:
+        """A graph for the GPU, where the engine is for one."""
+        config = self._config
+        if config.device == "cpu":
+            return graph
+        module = copy.deepcopy(graph.module).to(config.device)
+        if name in ("encoder", "sampler", "denoiser"):  # they keep tabulated levels where their policy is
+            policy = copy.deepcopy(self._policy).to(config.device)
+            batch = {k: v.to(config.device) for k, v in self._observations.rows(config.rows or 2).items()}
+            return policy.export_graphs(batch, _dtype(config))[name]
+        return replace(graph, module=module, inputs=tuple(value.to(config.device) for value in graph.inputs))
 
     def _wanted(self, batch: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> np.ndarray:
         """The policy's own chunks (B, H, A), steered by the dynamics model and the critic where there are any."""
@@ -485,7 +545,9 @@ class _Build:
         if config.dynaguide is not None:
             ways["dynaguide"] = DynaGuide(config.dynaguide, policy)
         if config.critic is not None:
-            vgps = VgpsConfig(critic=config.critic, candidates=config.candidates, temperature=config.temperature)
+            assert self.candidates is not None
+            chosen = {"candidates": self.candidates.count, "temperature": self.candidates.temperature}
+            vgps = VgpsConfig(critic=config.critic, **chosen)  # type: ignore[arg-type]
             ways["vgps"] = Vgps(vgps, policy)
         return (SteeredPolicy(policy, ways) if ways else policy).sample(batch, generators).numpy()
 
@@ -495,19 +557,57 @@ def _dtype(config: ExportConfig) -> torch.dtype:
     return torch.float32 if config.backend == "openvino" else DTYPES[config.precision]
 
 
-def _covers_this_gpu(capabilities: Sequence[str]) -> bool:
-    """There is a GPU, and a plan for these capabilities runs on it."""
+def check_backend(config: ExportConfig) -> None:
+    """Refuse what the backend, its package or the GPU cannot take, before anything is built."""
+    if config.backend.startswith("tensorrt"):
+        from robopolicy.export.tensorrt import check_targets
+
+        formats = {"fp16": ["float16"], "bf16": ["bfloat16"], "int8": ["int8"]}.get(config.precision, [])
+        check_targets(config.capabilities, _flavour(config), formats)
+    elif config.backend == "openvino":
+        check_device("CPU", OPENVINO_HINT[config.precision])
+    elif config.backend == "onnxruntime":
+        require_extra("onnxruntime", "onnxruntime")
+
+
+def _flavour(config: ExportConfig) -> Literal["rtx", "classic"]:
+    return "rtx" if config.backend == "tensorrt_rtx" else "classic"
+
+
+def _runs_here(config: ExportConfig) -> bool:
+    """This machine can run what is built: for TensorRT there is a GPU that the plan is for."""
     try:
-        return covers(capabilities, present_gpu().capability)
+        return not config.backend.startswith("tensorrt") or covers(config.capabilities, present_gpu().capability)
     except UserError:
         return False
+
+
+def _driver(config: ExportConfig) -> dict[str, str]:
+    """The driver that a plan was tried with."""
+    return {"driver": present_gpu().driver} if _runs_here(config) else {}
+
+
+def _timing_cache() -> Path:
+    cache_root().mkdir(mode=0o700, parents=True, exist_ok=True)
+    return cache_root() / "timing.cache"
+
+
+def _unfinished(folder: Path) -> Path:
+    """A new folder beside an engine's; those that killed exports left are removed."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        owner = left.name.split(".")[-2]
+        if not (owner.isdigit() and psutil.pid_exists(int(owner)) and int(owner) != os.getpid()):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    return partial
 
 
 def own_candidates(policy: DenoisingPolicy) -> Candidates | None:
     """How a policy chooses among its chunks with a critic of its own."""
     if not isinstance(policy, ConsistencyAc) or policy.config.candidates == 1:
         return None
-    return Candidates(policy.config.candidates, policy.config.temperature, policy.spec.n_action_steps)
+    return Candidates(policy.config.candidates, policy.config.temperature)
 
 
 def _versions(config: ExportConfig) -> dict[str, str]:

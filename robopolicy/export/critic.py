@@ -69,4 +69,4 @@ def critic_graphs(
         "critic_encoder": ExportGraph(encoder, inputs, keys, ("features",)),
         "critic": ExportGraph(CriticGraph(values), (features, chunk), ("features", "chunk"), ("value",)),
     }
-    return Candidates(candidates, temperature, spec.n_action_steps), graphs
+    return Candidates(candidates, temperature), graphs

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -235,20 +236,43 @@ def gradient_graph(graph: ExportGraph, free_rows: bool) -> ExportGraph:
             point = first.detach().requires_grad_()
             return torch.autograd.grad(graph.module(point, *others), point)[0]
 
+    decompositions: dict[Any, Any] = {**core_aten_decompositions()}
+    # TensorRT's form has no second output, the deviation that the gradient needs
+    decompositions |= get_decompositions([torch.ops.aten.native_layer_norm])
     inputs = [describe(name, value) for name, value in zip(graph.names, graph.inputs, strict=True)]
     # the fused attention of CPUs has a gradient without an ONNX form
     with described, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):
         trace = make_fx(
             gradient,
-            decomposition_table={
-                **core_aten_decompositions(),
-                # TensorRT's has no second output, the deviation that the gradient needs
-                **get_decompositions([torch.ops.aten.native_layer_norm]),
-            },
+            decomposition_table=decompositions,
             _allow_non_fake_inputs=True,
         )
         module = trace(*inputs)
+    _fold_transposes(module)
     return replace(graph, module=module, outputs=("gradient",))
+
+
+def _fold_transposes(module: GraphModule) -> None:
+    """Give each orientation of a weight a constant of its own.
+
+    OpenVINO 2026.4 multiplies by the wrong one where the forward pass transposes a weight and the gradient transposes
+    the result again.
+    """
+    weights: dict[Node, Tensor] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            weights[node] = getattr(module, node.target)
+        elif node.target == torch.ops.aten.permute.default and node.args[0] in weights:
+            weights[node] = weights[node.args[0]].permute(node.args[1]).contiguous()
+            name = f"folded_{node.name}"
+            module.register_buffer(name, weights[node], persistent=False)
+            with module.graph.inserting_before(node):
+                constant = module.graph.get_attr(name)
+            node.replace_all_uses_with(constant)
+            module.graph.erase_node(node)
+            weights[constant] = weights.pop(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def _check(config: DynaGuideConfig) -> None:

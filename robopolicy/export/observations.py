@@ -28,17 +28,19 @@ class Observations:
     Attributes:
         batch: what `Policy.sample` takes.
         source: where they came from, for people.
+        real: not made up.
     """
 
     batch: dict[str, Tensor]
     source: str
+    real: bool = True
 
     def __len__(self) -> int:
         return len(next(iter(self.batch.values())))
 
-    def rows(self, count: int) -> dict[str, Tensor]:
-        """The first ones."""
-        return {key: value[:count] for key, value in self.batch.items()}
+    def rows(self, count: int, first: int = 0) -> dict[str, Tensor]:
+        """So many of them."""
+        return {key: value[first : first + count] for key, value in self.batch.items()}
 
 
 def find_observations(
@@ -66,14 +68,16 @@ def find_observations(
             "measure on real ones",
             missing,
         )
-        return Observations(made_up(policy, count, seed), "made up within the ranges of the training data")
+        return Observations(made_up(policy, count, seed), "made up within the ranges of the training data", real=False)
     task = config.get("task", {})
     shares = [count // len(present) + (i < count % len(present)) for i in range(len(present))] if present else []
     batches = [
         _draw(policy, entry, task, share, seed)
         for entry, share in zip(present or entries, shares or [count], strict=True)
+        if share
     ]
-    batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))  # every part of it has all datasets
+    batch = {key: torch.cat([b[key] for b in batches])[order] for key in batches[0]}
     return Observations(batch, ", ".join(entry["path"] for entry in present or entries))
 
 

@@ -19,7 +19,7 @@ def open_policy(
     engine: str | None = None,
     *,
     threads: int = 1,
-    device: str = "cpu",
+    device: str | None = None,
     verify: bool = True,
     allow_native_code: bool = False,
 ) -> ExportedPolicy:
@@ -30,7 +30,7 @@ def open_policy(
         engine: name of an engine; ``torch`` or ``torch-compile``, which need no file and import torch; None: the only
             engine, or torch where there is none.
         threads: CPU threads.
-        device: ``cpu`` or ``cuda``; see `open_engine`.
+        device: of torch ``cpu``, ``cuda`` …; see `open_engine`.
         verify: sample the golden chunks and compare.
         allow_native_code: see `open_engine`.
 
@@ -49,7 +49,7 @@ def open_policy(
         return open_engine(
             bundle, engine, threads=threads, device=device, verify=verify, allow_native_code=allow_native_code
         )
-    return _open_torch(bundle, engine, threads, device)
+    return _open_torch(bundle, engine, threads, device or "cpu")
 
 
 def _open_torch(bundle: Path, engine: str, threads: int, device: str) -> ExportedPolicy:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from robopolicy.errors import UserError
 from robopolicy.inference.engine import Parity
@@ -12,17 +16,23 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1, "int8": 1e-1}
 """Largest error of a chunk as a share of the action's range, by precision."""
 
 
-def action_range(policy: Policy) -> np.ndarray:
-    """(A,) range of each entry of the action in the training data; of a constant one, its normalised unit."""
+def action_range(policy: Policy, batch: Mapping[str, Tensor]) -> np.ndarray:
+    """(B, 1, A) range of each entry of the action in the training data of a row; of a constant one, its unit.
+
+    Args:
+        policy: whose normaliser knows the ranges.
+        batch: B observations; where datasets were normalised apart, their tasks say which range is theirs.
+    """
     part = policy.normalizer[policy.spec.action.key]
-    spread = (part.high - part.low).reshape(-1, policy.spec.action.dim).amax(0)
-    unit = 1 / part.scale.reshape(-1, policy.spec.action.dim).amin(0)
-    usable = spread.isfinite() & (spread > 1e-6 * unit)
-    return np.where(usable.cpu().numpy(), spread.cpu().numpy(), unit.cpu().numpy()).astype(np.float32)
+    spread, unit = part.high - part.low, 1 / part.scale
+    found = torch.where(spread.isfinite() & (spread > 1e-6 * unit), spread, unit).view(-1, 1, policy.spec.action.dim)
+    rows = len(next(iter(batch.values())))
+    domain = policy.domain(batch)
+    return (found.expand(rows, -1, -1) if domain is None else found[domain]).cpu().numpy().astype(np.float32)
 
 
 def compare(found: np.ndarray, wanted: np.ndarray, scale: np.ndarray, source: str, tolerance: float) -> Parity:
-    """Compare chunks (B, H, A) in physical units; ``scale`` (A,) from `action_range`."""
+    """Compare chunks (B, H, A) in physical units; ``scale`` (B, 1, A) from `action_range`."""
     error = np.abs(found.astype(np.float64) - wanted)
     error = np.where(np.isfinite(error), error, np.inf)
     share = error / scale
@@ -34,6 +44,7 @@ def compare(found: np.ndarray, wanted: np.ndarray, scale: np.ndarray, source: st
         float(share.max()),
         float(share.mean()),
         tolerance,
+        int(share.max((0, 1)).argmax()),
     )
 
 
@@ -41,8 +52,7 @@ def check_parity(parity: Parity, policy: Policy, what: str) -> None:
     """Raise a `UserError` where an engine is further off than it may be."""
     if parity.max_share <= parity.tolerance:
         return
-    scale = action_range(policy)
-    entry = int(np.argmax(np.array(parity.max_error) / scale))
+    entry = parity.worst
     unit = policy.spec.action.unit
     raise UserError(
         f"{what} is refused: entry {entry} of '{policy.spec.action.key}' is up to {parity.max_error[entry]:.4g} {unit} "

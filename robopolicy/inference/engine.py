@@ -5,6 +5,7 @@ Reading one executes no code and does not import torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ FORMAT_VERSION = 1
 FOLDER = "engines"
 FILE = "engine.yaml"
 GOLDEN = "golden.safetensors"
+_COMMAND = re.compile(r"robopolicy export [\w =.,:/+@?#{}\[\]'\"…-]*")
 STEPS = "steps.safetensors"
 
 BackendName = Literal["onnxruntime", "openvino", "tensorrt_rtx", "tensorrt", "aot_inductor"]
@@ -51,12 +53,10 @@ class Candidates:
     Attributes:
         count: chunks that are sampled for each that is returned.
         temperature: of the softmax that the choice is drawn from; 0 takes the best.
-        steps: actions, from the newest observation on, that the critic scores.
     """
 
     count: int
     temperature: float
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Parity:
         max_share: largest error as a share of the entry's range in the training data.
         mean_share: mean error as a share of that range.
         tolerance: largest allowed ``max_share``.
+        worst: entry of the action with the largest share.
     """
 
     observations: int
@@ -99,6 +100,7 @@ class Parity:
     max_share: float
     mean_share: float
     tolerance: float
+    worst: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ class EngineManifest:
 
 def engine_names(bundle: Path) -> list[str]:
     """Names of a bundle's engines."""
-    return sorted(file.parent.name for file in (Path(bundle) / FOLDER).glob(f"*/{FILE}"))
+    found = [file.parent.name for file in (Path(bundle) / FOLDER).glob(f"*/{FILE}")]
+    return sorted(name for name in found if not name.startswith("."))  # which are unfinished
 
 
 def read_engine(bundle: Path, name: str) -> tuple[EngineManifest, PolicySpec]:
@@ -163,45 +166,54 @@ def read_engine(bundle: Path, name: str) -> tuple[EngineManifest, PolicySpec]:
             that it was built from. The message holds the command that builds it again.
     """
     bundle = Path(bundle)
-    about = read_manifest(bundle)
+    about = read_manifest(bundle, verify=False)  # its weights are not loaded, and take long to hash
     folder = bundle / FOLDER / name
     known = engine_names(bundle)
     if name not in known:
         found = did_you_mean(name, known) or f" It has none; build one: robopolicy export bundle={bundle}"
         raise UserError(f"{bundle} has no engine '{name}'.{found}")
     manifest = _manifest(folder / FILE)
+    if manifest.name != name:
+        raise UserError(f"{folder / FILE} is of an engine '{manifest.name}'. Give its folder that name again.")
     if manifest.bundle != bundle_fingerprint(about):
         raise UserError(
             f"{folder} was built from other weights ({manifest.bundle}) than the bundle holds now "
             f"({bundle_fingerprint(about)}). Build it again: {manifest.command}"
         )
-    files = [(graph.file, graph.sha256) for graph in manifest.graphs.values()] + [(GOLDEN, manifest.golden)]
-    if manifest.guidance is not None:
-        files.append((STEPS, manifest.guidance.sha256))
-    for file, wanted in files:
+    for graph in ("encoder", "sampler" if manifest.guidance is None else "denoiser"):
+        if graph not in manifest.graphs:
+            raise UserError(f"{folder / FILE} lacks the graph '{graph}'. Build the engine again: {manifest.command}")
+    for file in [graph.file for graph in manifest.graphs.values()] + [GOLDEN]:
         if Path(file).name != file:
             raise UserError(f"{folder / FILE}: the file name '{file}' points outside the engine.")
         if not (folder / file).is_file():
             raise UserError(f"{folder} is incomplete: '{file}' is missing. Build it again: {manifest.command}")
-        if file_sha256(folder / file) != wanted:
-            raise UserError(
-                f"{folder / file} is truncated or changed: its SHA-256 is not the one in {FILE}. "
-                f"Build it again: {manifest.command}"
-            )
     return manifest, PolicySpec.from_dict(about["spec"], f"{bundle / 'bundle.yaml'}: spec")
+
+
+def check_file(path: Path, sha256: str, manifest: EngineManifest) -> None:
+    """Raise a `UserError` where a file of an engine is not the one that its manifest names."""
+    if not path.is_file() or file_sha256(path) != sha256:
+        raise UserError(
+            f"{path} is truncated or changed: its SHA-256 is not the one in {FILE}. Build it again: {manifest.command}"
+        )
 
 
 def _manifest(file: Path) -> EngineManifest:
     try:
         values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from error
-    version = values.get("format_version") if isinstance(values, Mapping) else None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: expected a mapping, found {type(values).__name__}.")
+    # it is shown as what to type: a bundle from elsewhere must not make that anything but an export
+    if not _COMMAND.fullmatch(str(values.get("command"))):
+        values["command"] = "robopolicy export bundle=…"
+    version = values.get("format_version")
     if version != FORMAT_VERSION:
-        command = values.get("command", "robopolicy export …") if isinstance(values, Mapping) else "robopolicy export …"
         raise UserError(
             f"{file} has format_version {version!r}, this version of robopolicy reads {FORMAT_VERSION}. Build the "
-            f"engine again: {command}"
+            f"engine again: {values['command']}"
         )
     return dataclass_from(EngineManifest, values, str(file))
 

@@ -21,24 +21,24 @@ _OBSERVATION = "observation/"
 
 
 def save_golden(
-    path: Path, observations: Mapping[str, np.ndarray], noise: np.ndarray, chunk: np.ndarray, scale: np.ndarray
+    path: Path, observations: Mapping[str, np.ndarray], sampling: Mapping[str, np.ndarray], scale: np.ndarray
 ) -> None:
     """Write golden chunks.
 
     Args:
         path: of the file.
         observations: inputs of the policy, (B, ...), physical units; ``task`` as an index.
-        noise: (B, N, H, A).
-        chunk: (B, H, A) what the policy makes of them, physical units.
-        scale: (A,) range of each entry of the action in the training data.
+        sampling: ``noise`` (B, N, H, A), ``previous`` (B, H, A) and ``mask`` (B, H), and the ``chunk`` (B, H, A), in
+            physical units, that the policy makes of them.
+        scale: (B, 1, A) range of each entry of the action in the training data.
     """
     tensors = {_OBSERVATION + key: value for key, value in observations.items()}
-    tensors |= {"noise": noise, "chunk": chunk, "scale": scale}
+    tensors |= dict(sampling) | {"scale": scale}
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
 
 
 def check_golden(
-    sample: Callable[[Mapping[str, object], np.ndarray], np.ndarray],
+    sample: Callable[..., np.ndarray],
     path: Path,
     engine: EngineManifest,
     spec: PolicySpec,
@@ -50,14 +50,14 @@ def check_golden(
     """
     try:
         tensors = load_file(path)
-        noise, chunk, scale = tensors.pop("noise"), tensors.pop("chunk"), tensors.pop("scale")
+        noise, previous, mask, chunk, scale = (tensors.pop(n) for n in ("noise", "previous", "mask", "chunk", "scale"))
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}. Build the engine again: {engine.command}") from error
     observations: dict[str, object] = {key.removeprefix(_OBSERVATION): value for key, value in tensors.items()}
     if spec.tasks:
         tasks = tensors[_OBSERVATION + TASK]
         observations[INSTRUCTION] = [spec.tasks[i].instruction for i in tasks.tolist()]
-    found = sample(observations, noise)
+    found = sample(observations, noise, previous, mask)
     share = np.abs(found - chunk) / scale
     if not share.max() <= engine.parity.tolerance:  # also where it is not a number
         row, step, entry = np.unravel_index(np.nan_to_num(share, nan=np.inf).argmax(), share.shape)

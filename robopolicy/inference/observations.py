@@ -26,26 +26,31 @@ def checked_observations(
     """
     steps = spec.n_obs_steps
     checked = {k.key: checked_array(k.key, k, (steps, *k.shape), observations) for k in spec.observations}
-    rows = {len(value) for value in checked.values()}
-    if len(rows) > 1:
-        found = {key: len(value) for key, value in checked.items()}
-        raise UserError(f"The observations differ in their number of rows: {found}.")
+    rows = len(next(iter(checked.values())))
     for key in spec.goals:
         name = GOAL + key.key
         given = observations
         if name not in observations and key.key in goal:
-            given = {name: np.repeat(np.asarray(goal[key.key])[None], rows.copy().pop(), axis=0)}
+            given = {name: np.repeat(np.asarray(goal[key.key])[None], rows, axis=0)}
         checked[name] = checked_array(name, key, key.shape, given)
+    found = {key: len(value) for key, value in checked.items()}
+    if len(set(found.values())) > 1 or not rows:
+        raise UserError(f"The observations need one number of rows, at least 1; found {found}.")
     return checked
 
 
 def checked_array(name: str, key: KeySpec, wanted: tuple[int, ...], observations: Mapping[str, Any]) -> np.ndarray:
-    """The array (B, *wanted) of a key, uint8 for images and else float32; a `UserError` where it is not so."""
+    """The array (B, *wanted) of a key, uint8 for images and else finite float32; a `UserError` where it is not so."""
     if name not in observations:
         raise UserError(f"The observation lacks '{name}'; found {sorted(observations)}.")
-    value = np.asarray(observations[name], dtype=np.uint8 if key.role == "image" else np.float32)
+    value = np.asarray(observations[name])
+    if key.role == "image" and value.dtype != np.uint8:
+        raise UserError(f"{name}: found an image of {value.dtype}, wanted uint8 from 0 to 255.")
+    value = value if key.role == "image" else value.astype(np.float32, copy=False)
     if value.shape[1:] != wanted:
         raise UserError(f"{name}: found shape {value.shape}, wanted (batch, {', '.join(map(str, wanted))}).")
+    if key.role != "image" and not np.isfinite(value).all():
+        raise UserError(f"{name}: found numbers that are not finite: {value[~np.isfinite(value)][:3].tolist()}.")
     return value
 
 

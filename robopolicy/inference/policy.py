@@ -13,7 +13,7 @@ import numpy as np
 
 from robopolicy.errors import UserError
 from robopolicy.inference.backends.open import cache_folder, open_session
-from robopolicy.inference.engine import FOLDER, GOLDEN, STEPS, Candidates, EngineManifest, read_engine
+from robopolicy.inference.engine import FOLDER, GOLDEN, STEPS, Candidates, EngineManifest, check_file, read_engine
 from robopolicy.inference.golden import check_golden
 from robopolicy.inference.observations import checked_observations, task_indices
 from robopolicy.inference.session import Session
@@ -116,7 +116,8 @@ class ExportedPolicy:
             (B, H, A) float32, physical units; entry ``n_obs_steps - 1`` belongs to the newest observation.
 
         Raises:
-            UserError: a key is missing or has a wrong shape, or an instruction is unknown.
+            UserError: a key is missing, has a wrong shape or numbers that are not finite; or an instruction is unknown.
+            FloatingPointError: the actions are not finite.
         """
         began = time.perf_counter()
         inputs = self._inputs(observations)
@@ -128,6 +129,8 @@ class ExportedPolicy:
         chunks = self._chunks(rows, sampling, found, inputs)
         sampled = time.perf_counter()
         result = np.ascontiguousarray(chunks, np.float32)
+        if not np.isfinite(result).all():
+            raise FloatingPointError(f"The engine {self.name} gave actions that are not finite.")
         self.timings = Timings(ready - began, encoded - ready, sampled - encoded, time.perf_counter() - sampled)
         return result
 
@@ -179,6 +182,10 @@ class ExportedPolicy:
         for name, (value, wanted) in given.items():
             if np.shape(value) != wanted:
                 raise UserError(f"{name}: found shape {np.shape(value)}, wanted {wanted}.")
+            if not np.isfinite(value).all():
+                raise UserError(f"{name}: found numbers that are not finite.")
+        if mask is not None and (np.min(mask) < 0 or np.max(mask) > 1):
+            raise UserError(f"mask: found numbers from {np.min(mask):g} to {np.max(mask):g}, wanted 0 to 1.")
         return {name: np.asarray(value, np.float32) for name, (value, _) in given.items()}
 
     def _chunks(
@@ -206,11 +213,12 @@ class ExportedPolicy:
     def _run(
         self, graph: str, inputs: Mapping[str, np.ndarray], rows: int, shared: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
-        """Run a graph on any number of rows, in parts where it takes a fixed number; ``shared`` inputs have none."""
+        """Run a graph on any number of rows, in parts where it takes fewer; ``shared`` inputs have none."""
         session = self.sessions[graph]
         fixed = session.inputs[0].shape[0]
-        if fixed in (None, rows):
+        if fixed == rows or (fixed is None and rows <= (session.max_rows or rows)):
             return session(inputs)
+        fixed = fixed or session.max_rows or rows
         names = [spec.name for spec in session.inputs]
         parts = []
         for first in range(0, rows, fixed):
@@ -245,7 +253,7 @@ def open_engine(
     name: str,
     *,
     threads: int = 1,
-    device: str = "cpu",
+    device: str | None = None,
     verify: bool = True,
     allow_native_code: bool = False,
 ) -> ExportedPolicy:
@@ -255,7 +263,7 @@ def open_engine(
         bundle: folder of the policy's bundle.
         name: of the engine.
         threads: CPU threads.
-        device: for ONNX Runtime and OpenVINO, ``cpu`` or another of theirs.
+        device: see `open_session`.
         verify: sample the golden chunks and compare.
         allow_native_code: load native code of AOTInductor, see `AotInductorSession`.
 
@@ -266,8 +274,10 @@ def open_engine(
     folder = Path(bundle) / FOLDER / name
 
     def load(graph: str) -> Session:
+        file = engine.graphs[graph]
+        check_file(folder / file.file, file.sha256, engine)
         return open_session(
-            folder / engine.graphs[graph].file,
+            folder / file.file,
             engine,
             threads=threads,
             device=device,
@@ -275,8 +285,11 @@ def open_engine(
             allow_native_code=allow_native_code,
         )
 
+    if engine.guidance is not None:
+        check_file(folder / STEPS, engine.guidance.sha256, engine)
     policy = exported_policy(engine, spec, load, folder)
     if verify:
+        check_file(folder / GOLDEN, engine.golden, engine)
         check_golden(policy.sample, folder / GOLDEN, engine, spec)
     return policy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -47,9 +47,11 @@ class Session(ABC):
     Attributes:
         name: of the backend.
         inputs, outputs: static descriptions, in the graph's order.
+        max_rows: of a call, where their number is free; None: any number.
     """
 
     name: str
+    max_rows: int | None = None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -102,8 +104,3 @@ def _checked(spec: TensorSpec, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
             f"The graph's input '{spec.name}': found {value.dtype} {value.shape}, wanted {spec.dtype} ({wanted})."
         )
     return value
-
-
-def free_rows(specs: Sequence[TensorSpec]) -> bool:
-    """Whether a graph takes any number of rows."""
-    return any(spec.shape and spec.shape[0] is None for spec in specs)

@@ -228,7 +228,7 @@ class DenoisingPolicy(Policy):
         return {
             "encoder": ExportGraph(encoder, inputs, keys, names),
             "sampler": ExportGraph(
-                sampler, (noise, x, x[..., 0], *found), ("noise", "previous", "mask", *names), ("chunk",)
+                sampler, (noise, x, x[..., 0].contiguous(), *found), ("noise", "previous", "mask", *names), ("chunk",)
             ),
             "denoiser": ExportGraph(
                 DenoiserGraph(self, dtype),

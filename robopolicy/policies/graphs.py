@@ -97,9 +97,10 @@ class SamplerStep(nn.Module):
 
     def __init__(self, policy: DenoisingPolicy, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        if policy.sampler.guidance_threshold is not None:
+        if (policy.sampler.guidance_threshold or 2.0) <= 1:
             raise UserError(
-                "Adaptive guidance decides while it samples, which a graph cannot. Set sampler.guidance_threshold=null."
+                "Adaptive guidance decides while it samples, which a graph cannot. Set sampler.guidance_threshold=2, "
+                "which is never reached."
             )
         self.network = Network(policy.denoiser, dtype)
         self.guidance = policy.sampler.guidance
@@ -165,7 +166,15 @@ class SamplerGraph(nn.Module):
         self.table = step_table(policy.process, policy.process.solver(policy.sampler))
         with torch.no_grad():
             levels = policy.process.network_level(self.table.levels.to(policy.device))
-            self.embedded = policy.denoiser.at_levels(levels)
+            self._chosen = policy.denoiser.at_levels(levels)
+        self._rows = self.table.rows.tolist()
+        for i, level in enumerate(self._chosen):  # buffers move with the module, and compilers keep them whole
+            embedding = level.embedding if isinstance(level, RoutedNoise) else level
+            self.register_buffer(f"level_{i}", embedding.clone(), persistent=False)
+
+    def _level(self, i: int) -> Any:
+        chosen, embedding = self._chosen[i], self.get_buffer(f"level_{i}")
+        return replace(chosen, embedding=embedding) if isinstance(chosen, RoutedNoise) else embedding
 
     def forward(self, noise: Tensor, previous: Tensor, mask: Tensor, *found: Tensor) -> Tensor:
         """Sample.
@@ -180,9 +189,9 @@ class SamplerGraph(nn.Module):
         target = action.normalize(previous), mask.unsqueeze(-1)
         x = noise[:, 0] * self.table.start
         before = (x, x)
-        for row, drawn, level in zip(self.table.rows.tolist(), self.table.draws, self.embedded, strict=True):
+        for i, (row, drawn) in enumerate(zip(self._rows, self.table.draws, strict=True)):
             z = noise[:, drawn] if drawn else None
-            after, clean = self.step(x, before, z, row, level, target, action.bounds, cond)
+            after, clean = self.step(x, before, z, row, self._level(i), target, action.bounds, cond)
             x, before = after, (x, clean)
         return action.unnormalize(x)
 

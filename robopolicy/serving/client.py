@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ class ServerRefusal(UserError):
 
 
 class PolicyClient:
-    """One connection to a policy server; not for several threads that receive.
+    """One connection to a policy server: one thread may send while another one receives.
 
     Attributes:
         metadata: the server's first frame: keys, shapes, units, horizons, rate, engine.
@@ -45,6 +45,7 @@ class PolicyClient:
         timeout: float | None = 10.0,
     ) -> None:
         self._timeout = timeout
+        self._sent = self._received = 0
         headers = {"Authorization": f"Api-Key {token}"} if token is not None else None
         try:
             with ExitStack() as stack:
@@ -79,13 +80,14 @@ class PolicyClient:
             self._socket.send(pack({**observation, **options}))
         except ConnectionClosed as error:
             raise UserError(f"The policy server closed the connection: {error}") from error
+        self._sent += 1
 
     def receive(self) -> dict[str, Any]:
         """The reply to the oldest request without one: ``actions`` (n, A) or ``superseded``.
 
         Raises:
             ServerRefusal: the server answered with an error.
-            UserError: no reply in time, or the connection is closed.
+            UserError: no reply in time, then the request is still without one; or the connection is closed.
         """
         try:
             reply = self._socket.recv(self._timeout)
@@ -93,15 +95,34 @@ class PolicyClient:
             raise UserError(f"No reply of the policy server within {self._timeout} s.") from error
         except ConnectionClosed as error:
             raise UserError(f"The policy server closed the connection: {error}") from error
+        self._received += 1
         if isinstance(reply, str):
             raise ServerRefusal(reply)
         found: dict[str, Any] = unpack(reply)
         return found
 
     def act(self, observation: Mapping[str, Any], **options: Any) -> np.ndarray:
-        """Actions (n, A) for an observation, in physical units; raises as `send` and `receive` do."""
+        """Send an observation and wait for its actions; replies to earlier requests are thrown away.
+
+        Returns:
+            (n, A), physical units.
+
+        Raises:
+            ServerRefusal: the server answered with an error, or another thread sent a newer observation meanwhile.
+            UserError: no reply in time, or the connection is closed.
+        """
         self.send(observation, **options)
-        actions: np.ndarray = self.receive()["actions"]
+        own = self._sent
+        while self._received < own - 1:
+            with suppress(ServerRefusal):
+                self.receive()
+        reply = self.receive()
+        if "actions" not in reply:
+            raise ServerRefusal(
+                "A newer observation of this client took the place of this one, and there are no actions for it. "
+                "Where one thread sends while another one waits, use `send` and `receive`."
+            )
+        actions: np.ndarray = reply["actions"]
         return actions
 
     def close(self) -> None:

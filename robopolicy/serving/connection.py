@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ssl
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
@@ -17,10 +19,10 @@ MAX_HANDSHAKES = 64
 
 
 class Gate:
-    """Handshakes in progress, oldest first."""
+    """Handshakes in progress, TLS and websocket, oldest first."""
 
-    def __init__(self, limits: Limits, metrics: Metrics) -> None:
-        self.limits, self.metrics = limits, metrics
+    def __init__(self, limits: Limits, metrics: Metrics, tls: ssl.SSLContext | None) -> None:
+        self.limits, self.metrics, self.tls = limits, metrics, tls
         self._handshakes: dict[GuardedConnection, None] = {}
 
     def arrived(self, connection: GuardedConnection) -> None:
@@ -40,13 +42,29 @@ class Gate:
             connection.transport.abort()
 
 
+class _Early(asyncio.Protocol):
+    """Keeps what a client sends right behind its TLS handshake."""
+
+    def __init__(self) -> None:
+        self.received = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+
+
 class GuardedConnection(ServerConnection):
-    """Drops clients that do not read what they are sent."""
+    """Drops clients that do not read what they are sent.
+
+    TLS begins here and not in asyncio's server, which shows a connection only after its TLS handshake: clients that
+    never end theirs could not be counted.
+    """
 
     def __init__(self, gate: Gate, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._gate = gate
         self._unread: asyncio.TimerHandle | None = None
+        self._tls: asyncio.Task[None] | None = None
+        self._began = False
 
     def drop(self, reason: str) -> None:
         """Close at once, without the closing handshake."""
@@ -54,13 +72,45 @@ class GuardedConnection(ServerConnection):
         self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
         self._gate.arrived(self)
+        if self._gate.tls is None:
+            self._begin(transport)
+        else:
+            self._tls = self.loop.create_task(self._start_tls(transport, self._gate.tls))
+
+    def _begin(self, transport: asyncio.Transport) -> None:
+        self._began = True
+        super().connection_made(transport)
+
+    async def _start_tls(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
+        if transport.is_closing():
+            return
+        limits, early, secure = self._gate.limits, _Early(), None
+        with contextlib.suppress(OSError):  # not TLS, too old, too slow
+            secure = await self.loop.start_tls(
+                transport,
+                early,
+                context,
+                server_side=True,
+                ssl_handshake_timeout=limits.open_timeout,
+                ssl_shutdown_timeout=limits.close_timeout,
+            )
+        if secure is None:
+            self._gate.passed(self)
+            transport.abort()
+            return
+        secure.set_protocol(self)
+        self._begin(secure)
+        if early.received:
+            self.data_received(early.received)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._gate.passed(self)
         self._stop_timer()
-        super().connection_lost(exc)
+        if self._began:
+            super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -15,7 +15,7 @@ class Metrics:
     Attributes:
         requests: observations received.
         superseded: observations that a newer one of the same connection replaced.
-        refused: by reason: origin, token, full, path, stopping, rate, malformed, too_large, unfinished, unread,
+        refused: by reason: host, origin, token, full, path, stopping, rate, malformed, too_large, unfinished, unread,
             silent, handshake.
         errors: by kind: ``user`` (a request that the policy cannot answer) or ``internal``.
         connections: clients at present.

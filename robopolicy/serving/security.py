@@ -1,13 +1,11 @@
-"""Who may connect: the token, the address, TLS."""
+"""Who may connect: the token, TLS."""
 
 from __future__ import annotations
 
 import hmac
 import os
-import socket
 import ssl
 import stat
-from ipaddress import ip_address
 from pathlib import Path
 
 from robopolicy.errors import UserError
@@ -55,34 +53,6 @@ def authorized(headers: list[str], token: str) -> bool:
     scheme, _, given = headers[0].strip().partition(" ")
     matches = hmac.compare_digest(given.strip().encode(), token.encode())
     return scheme.lower() in ("api-key", "bearer") and matches
-
-
-def check_address(host: str, token: str | None) -> None:
-    """Refuse an address that other machines can reach when there is no token.
-
-    Raises:
-        UserError: so it is, or the address is unknown.
-    """
-    if token is None and not is_loopback(host):
-        raise UserError(
-            f"host={host or repr('')} can be reached from other machines, and there is no token. Make one, "
-            f"openssl rand -hex 32 > token && chmod 600 token, and add token_file=token (or set {TOKEN_VARIABLE})."
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether all addresses of a name are this machine's own.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    if not host:
-        return False
-    try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        raise UserError(f"host={host} is no address of this machine: {error}") from error
-    return all(ip_address(address.partition("%")[0]).is_loopback for address in found)
 
 
 def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:

@@ -21,11 +21,12 @@ from websockets.http11 import Response
 
 from robopolicy import __version__
 from robopolicy.errors import UserError
+from robopolicy.serving.address import check_address, listening, names_this_machine
 from robopolicy.serving.connection import Gate, GuardedConnection
 from robopolicy.serving.limits import Limits, TokenBucket
 from robopolicy.serving.metrics import CONTENT_TYPE, Metrics
 from robopolicy.serving.observations import History, Request
-from robopolicy.serving.security import authorized, check_address
+from robopolicy.serving.security import authorized
 from robopolicy.serving.wire import WireError, pack, unpack
 from robopolicy.serving.worker import Done, Job, Worker
 from robopolicy.spec import KeySpec, PolicySpec
@@ -120,7 +121,7 @@ class PolicyServer:
     """Serves one policy to several clients; use as ``async with`` or by `start` and `stop`.
 
     Args:
-        policy: used from one thread of the server; the caller closes it.
+        policy: used from one thread of the server; the caller closes it, once `stop` says that it is at rest.
         config: address, token, TLS, limits.
         fingerprint: of the bundle, for the client.
     """
@@ -131,7 +132,7 @@ class PolicyServer:
         self.max_message_bytes = config.limits.message_bytes(policy.spec)
         self._metadata = pack(self._about(fingerprint))
         self._worker = Worker(policy.warmup, self._infer)
-        self._gate = Gate(config.limits, self.metrics)
+        self._gate = Gate(config.limits, self.metrics, config.tls)
         self._clients: set[_Client] = set()
         self._rng = np.random.default_rng()
         self._stopping = False
@@ -144,18 +145,18 @@ class PolicyServer:
         return int(self._server.sockets[0].getsockname()[1])
 
     async def start(self) -> None:
-        """Warm the policy up, then listen.
+        """Take the address, warm the policy up, then listen.
 
         Raises:
-            UserError: the address cannot be used.
+            UserError: the address cannot be used, or the policy.
         """
-        limits = self.config.limits
-        await self._worker.start()
-        try:
+        limits, host, port = self.config.limits, self.config.host, self.config.port
+        with listening(host, port):
             self._server = await serve(
                 self._handle,
-                self.config.host,
-                self.config.port,
+                host,
+                port,
+                start_serving=False,
                 compression=None,
                 process_request=self._process_request,
                 server_header=None,
@@ -167,22 +168,31 @@ class PolicyServer:
                 max_queue=4,
                 logger=_websockets_log,
                 create_connection=partial(GuardedConnection, self._gate),  # type: ignore[arg-type]
-                ssl=self.config.tls,
             )
-        except OSError as error:
+        try:
+            await self._worker.start()
+            with listening(host, port):  # another server may have begun to since
+                await self._server.start_serving()
+        except BaseException:
+            self._server.close()
             await self._worker.stop(limits.stop_timeout)
-            raise UserError(f"{self.config.host}:{self.config.port} cannot be listened on: {error}") from error
+            raise
         self._reports = asyncio.create_task(self._report())
 
-    async def stop(self) -> None:
-        """Answer what waits, then close all connections with code 1001."""
+    async def stop(self) -> bool:
+        """Answer what waits, then close all connections with code 1001.
+
+        Returns:
+            Whether the policy is at rest. False: a call of it takes longer than ``stop_timeout``, and nobody may close
+            the policy under that call.
+        """
         self._stopping = True
         self._reports.cancel()
         await asyncio.gather(*(self._flushed(client) for client in self._clients))
         self._gate.close()
         self._server.close(code=CloseCode.GOING_AWAY, reason="server is stopping")
         await self._server.wait_closed()
-        await self._worker.stop(self.config.limits.stop_timeout)
+        return await self._worker.stop(self.config.limits.stop_timeout)
 
     async def __aenter__(self) -> PolicyServer:
         await self.start()
@@ -222,13 +232,16 @@ class PolicyServer:
     def _process_request(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
         """Answer plain HTTP and refuse clients before the websocket opens; None lets one in."""
         path = request.path.partition("?")[0]
+        token = self.config.token
+        if token is None and not names_this_machine(request.headers.get_all("Host"), self.config.host):
+            text = "Without a token this server answers to localhost only.\n"
+            return self._refuse(connection, "host", http.HTTPStatus.FORBIDDEN, text)
         if path == "/healthz":
             healthy = not self._stopping and self._worker.working(self.config.limits.stuck_after)
             status = http.HTTPStatus.OK if healthy else http.HTTPStatus.SERVICE_UNAVAILABLE
             return connection.respond(status, "OK\n" if healthy else "stopping or stuck\n")
         if any(origin not in self.config.allowed_origins for origin in request.headers.get_all("Origin")):
             return self._refuse(connection, "origin", http.HTTPStatus.FORBIDDEN, "Web pages may not connect.\n")
-        token = self.config.token
         if token is not None and not authorized(request.headers.get_all("Authorization"), token):
             text = "Send the header 'Authorization: Api-Key TOKEN'.\n"
             response = self._refuse(connection, "token", http.HTTPStatus.UNAUTHORIZED, text)

@@ -99,13 +99,15 @@ class Worker:
         alive = self._thread is not None and self._thread.is_alive()
         return alive and (since is None or time.monotonic() - since < longest)
 
-    async def stop(self, longest: float) -> None:
-        """End the thread after what is in line; waits at most ``longest`` seconds for it."""
+    async def stop(self, longest: float) -> bool:
+        """End the thread after what is in line; returns whether it ended within ``longest`` seconds."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, longest)
+        if self._thread is None:
+            return True
+        await asyncio.to_thread(self._thread.join, longest)
+        return not self._thread.is_alive()
 
     def _work(self, ready: asyncio.Future[None]) -> None:
         try:

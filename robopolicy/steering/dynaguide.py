@@ -131,7 +131,7 @@ class DynaGuide(Steering):
         ]
         if not values:
             return torch.zeros(0, len(self._entries), device=self.model.device)
-        columns = {key.key: torch.stack([torch.as_tensor(goal[key.key]) for goal in values]) for key in keys}
+        columns = {key.key: torch.stack([torch.tensor(goal[key.key]) for goal in values]) for key in keys}
         latents = self.model.target({key: value.to(self.model.device) for key, value in columns.items()})
         return latents[:, self._entries]
 

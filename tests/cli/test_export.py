@@ -64,7 +64,7 @@ def test_mistakes(fails, bundle: Path) -> None:
     assert "openvino" in fails(*export, "backend=openvin")
     message = fails(*export, "backend=tensorrt_rtx", "device-capability=sm90")
     assert "sm90" in message and "aot_inductor" in message
-    assert "Set sampler.guidance_threshold=null" in fails(*export, *QUICK, "sampler.guidance_threshold=0.9")
+    assert "Set sampler.guidance_threshold=2" in fails(*export, *QUICK, "sampler.guidance_threshold=0.9")
     assert "bundle=…" in fails("export")
     assert "refused" in fails(*export, *QUICK, "tolerance=1e-12") and engine_names(bundle) == []
     assert "has no engine 'fast'" in fails("eval", f"bundle={bundle}", "engine=fast")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -16,17 +17,46 @@ import numpy as np
 import pytest
 
 from robopolicy.cli.main import main
+from robopolicy.data.normalize import Normalizer, fit_normalizer
 from robopolicy.errors import UserError
 from robopolicy.export.open import open_policy
 from robopolicy.manifest import bundle_fingerprint, read_manifest
+from robopolicy.policies.bundle import save_bundle
+from robopolicy.policies.registry import build_policy
 from robopolicy.serving.client import PolicyClient
+from robopolicy.spec import KeySpec, PolicySpec
 
 TOKEN = "0123456789abcdef"
 
 
+@pytest.fixture(scope="module")
+def slow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy of 300 denoising steps: a chunk takes a good part of a second, the warm-up several."""
+    spec = PolicySpec(
+        (KeySpec("observation.state", (2,)),),
+        KeySpec("action", (2,), role="action"),
+        fps=10,
+        horizon=8,
+        n_action_steps=4,
+    )
+    normalizer = Normalizer.from_parts(
+        {k: fit_normalizer(np.eye(2), "minmax") for k in ("observation.state", "action")}
+    )
+    config = {
+        "down_dims": [16, 32],
+        "step_embed_dim": 16,
+        "process": {"train_steps": 300},
+        "sampler": {"name": "ddpm", "steps": 300},
+    }
+    policy = build_policy("diffusion_unet", config, spec, normalizer)
+    return save_bundle(policy, tmp_path_factory.mktemp("slow") / "policy", task={})
+
+
 @contextmanager
-def serving(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """The server's process and the lines that it prints until it listens."""
+def serving(
+    *words: str, until: str = "limits", **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """The server's process and the lines that it prints, by default until it listens."""
     command = [sys.executable, "-m", "robopolicy.cli.main", "serve", "port=0", *words]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     with subprocess.Popen(
@@ -37,7 +67,7 @@ def serving(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[
             lines: list[str] = []
             for line in process.stdout:
                 lines.append(line)
-                if line.startswith("limits"):
+                if line.startswith(until):
                     break
             yield process, lines
         finally:
@@ -76,6 +106,44 @@ def test_a_policy_is_served_until_a_signal(bundle: Path) -> None:
         assert process.stdout is not None and "stopping" in process.stdout.read()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_warm_up_ends_the_process(slow_bundle: Path, number: signal.Signals) -> None:
+    with serving(f"bundle={slow_bundle}", "engine=torch", until="policy") as (process, _):
+        process.send_signal(number)
+        assert process.stdout is not None and "address" not in process.stdout.read()
+        assert process.wait(20) == -number
+
+
+def test_a_policy_that_goes_on_computing_is_not_closed(slow_bundle: Path) -> None:
+    """The process ends beside a call that takes longer than stop_timeout."""
+    with serving(f"bundle={slow_bundle}", "engine=torch", "stop_timeout=0.05") as (process, lines):
+        here = address(lines)
+        with PolicyClient(here) as client:
+            client.send({"observation.state": np.zeros(2, np.float32)})
+            metrics = here.replace("ws", "http", 1) + "/metrics"
+            while True:
+                with urllib.request.urlopen(metrics, timeout=10) as answer:
+                    if "robopolicy_requests_total 1.0" in answer.read().decode():
+                        break
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout is not None
+            text = process.stdout.read()
+        assert process.wait(20) == 1
+        assert "still computing, stop_timeout=0.05 s" in text and "Traceback" not in text
+
+
+def test_a_taken_port_is_found_before_the_policy_is_loaded(fails: Callable[..., str], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be listened on" in fails("serve", f"bundle={tmp_path}", f"port={port}")
+
+
+def test_signals_are_as_before_after_a_mistake(fails: Callable[..., str], tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert "is not a bundle" in fails("serve", f"bundle={tmp_path}", "port=0")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["serve", "--help"])
@@ -86,14 +154,15 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes(fails: Callable[..., str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROBOPOLICY_TOKEN", raising=False)
     assert "bundle=…" in fails("serve")
-    assert "openssl rand -hex 32" in fails("serve", f"bundle={bundle}", "host=0.0.0.0")
+    assert "openssl rand -hex 32" in fails("serve", "port=0", f"bundle={bundle}", "host=0.0.0.0")
     assert "port=70000" in fails("serve", f"bundle={bundle}", "port=70000")
-    assert "rate=0" in fails("serve", f"bundle={bundle}", "rate=0")
-    assert "threads=0" in fails("serve", f"bundle={bundle}", "threads=0")
-    assert "tls_key" in fails("serve", f"bundle={bundle}", "tls_cert=server.crt")
-    assert "cannot be read" in fails("serve", f"bundle={bundle}", f"token_file={tmp_path / 'none'}")
-    assert "is not a bundle" in fails("serve", f"bundle={tmp_path}")
-    assert "Did you mean 'engine'" in fails("serve", f"bundle={bundle}", "engin=torch")
+    assert "rate=0" in fails("serve", "port=0", f"bundle={bundle}", "rate=0")
+    assert "threads=0" in fails("serve", "port=0", f"bundle={bundle}", "threads=0")
+    assert "tls_key" in fails("serve", "port=0", f"bundle={bundle}", "tls_cert=server.crt")
+    assert "cannot be read" in fails("serve", "port=0", f"bundle={bundle}", f"token_file={tmp_path / 'none'}")
+    assert "is not a bundle" in fails("serve", "port=0", f"bundle={tmp_path}")
+    assert "Did you mean 'engine'" in fails("serve", "port=0", f"bundle={bundle}", "engin=torch")
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o644)
-    assert "chmod 600" in fails("serve", f"bundle={bundle}", f"token_file={tmp_path / 'token'}")
+    assert "chmod 600" in fails("serve", "port=0", f"bundle={bundle}", f"token_file={tmp_path / 'token'}")
+    assert "device=npu" in fails("serve", "port=0", f"bundle={bundle}", "engine=torch", "device=npu")

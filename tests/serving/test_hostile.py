@@ -11,8 +11,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import msgpack
 import numpy as np
@@ -33,9 +35,23 @@ from tests.serving.test_wire import mutated
 
 TOKEN = "0123456789abcdef"
 UPGRADE = (
-    b"GET / HTTP/1.1\r\nHost: robot\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    files = folder / "server.crt", folder / "server.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", "/CN=robot", "-addext", "subjectAltName=IP:127.0.0.1"]
+    try:
+        subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no openssl that makes a certificate: {error}")
+    return files
 
 
 @contextlib.contextmanager
@@ -91,8 +107,16 @@ def wait_closed(opened: socket.socket) -> bytes:
 
 def masked(payload: bytes, opcode: int, fin: bool = True) -> bytes:
     """A client's frame; the mask is 0."""
-    assert len(payload) < 126
-    return bytes([(0x80 if fin else 0) | opcode, 0x80 | len(payload)]) + bytes(4) + payload
+    length = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + struct.pack("!H", len(payload))
+    return bytes([(0x80 if fin else 0) | opcode]) + length + bytes(4) + payload
+
+
+def next_frame(stream: BinaryIO) -> tuple[int, bytes]:
+    """Opcode and payload of a server's frame."""
+    opcode, length = stream.read(2)
+    if length >= 126:
+        length = int.from_bytes(stream.read(2 if length == 126 else 8), "big")
+    return opcode & 0x0F, stream.read(length)
 
 
 def closing(client: ClientConnection) -> tuple[list[str | bytes], int | None]:
@@ -139,6 +163,39 @@ def test_web_pages_may_not_connect(serve, origin: str) -> None:
         assert page(running, "/metrics", Origin=origin, **headers)[0] == 403
     with connect(running.address, origin="https://robots.example", additional_headers=headers) as client:
         assert unpack(client.recv())["horizon"] == 8
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "192.0.2.7", ""])
+def test_web_pages_whose_name_was_pointed_here_are_refused(serve, host: str) -> None:
+    """DNS rebinding: the browser takes the server for the page's own, and sends no Origin."""
+    running = serve()
+    for path in ("/metrics", "/healthz", "/"):
+        assert page(running, path, Host=host)[0] == 403
+    with unharmed(running), raw(running) as opened:
+        opened.sendall(UPGRADE.replace(b"Host: localhost", b"Host: " + host.encode()))
+        assert b" 403 " in wait_closed(opened)
+    assert running.count("refused_total", reason="host") == 4
+
+
+@pytest.mark.parametrize("hosts", [b"", b"Host: localhost\r\nHost: evil.example\r\n"], ids=["none", "two"])
+def test_a_request_has_one_host(serve, hosts: bytes) -> None:
+    running = serve()
+    with raw(running) as opened:
+        opened.sendall(UPGRADE.replace(b"Host: localhost\r\n", hosts))
+        assert b" 101 " not in wait_closed(opened)
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost:8000", "LOCALHOST", "127.0.0.1", "127.9.9.9:1", "[::1]:8000", "0.0.0.0:80"]
+)
+def test_names_of_this_machine(serve, host: str) -> None:
+    assert page(serve(), "/metrics", Host=host)[0] == 200
+
+
+def test_with_a_token_the_name_does_not_matter(serve) -> None:
+    running = serve(token=TOKEN)
+    assert page(running, "/metrics", Host="robots.example", Authorization=f"Bearer {TOKEN}")[0] == 200
+    assert page(running, "/metrics", Host="robots.example")[0] == 401
 
 
 def test_a_page_that_is_not_there(serve) -> None:
@@ -250,13 +307,27 @@ def test_a_handshake_byte_by_byte(serve) -> None:
         assert sent < len(UPGRADE)
 
 
-def test_handshakes_that_never_end_do_not_lock_others_out(serve) -> None:
-    running = serve(limits=Limits(open_timeout=60))
-    with unharmed(running), contextlib.ExitStack() as stack:
-        held = [stack.enter_context(raw(running)) for _ in range(MAX_HANDSHAKES + 20)]
+@pytest.mark.parametrize("stopped", ["at once", "in TLS", "after TLS", "without TLS"])
+def test_handshakes_that_never_end_do_not_lock_others_out(serve, certificate, stopped: str) -> None:
+    tls = tls_context(*certificate) if stopped != "without TLS" else None
+    running = serve(tls=tls, limits=Limits(open_timeout=60))
+    trusting = ssl.create_default_context(cafile=str(certificate[0])) if tls else None
+
+    def hold() -> socket.socket:
+        opened = stack.enter_context(raw(running))
+        if stopped == "in TLS":
+            opened.sendall(b"\x16\x03\x01\x02\x00\x01")
+        if stopped == "after TLS":
+            assert trusting is not None
+            opened = stack.enter_context(trusting.wrap_socket(opened, server_hostname="127.0.0.1"))
+        return opened
+
+    with unharmed(running, tls=trusting), contextlib.ExitStack() as stack:
+        held = [hold() for _ in range(MAX_HANDSHAKES + 20)]
         for opened in held[:20]:  # the oldest make room
-            assert wait_closed(opened) == b""
-        with running.client() as client:
+            with contextlib.suppress(ssl.SSLEOFError):
+                assert wait_closed(opened) == b""
+        with running.client(tls=trusting) as client:
             assert client.act(state(1, 2)).shape == (4, 2)
     assert running.count("refused_total", reason="handshake") >= 20
 
@@ -311,8 +382,7 @@ def test_a_client_that_does_not_read(serve) -> None:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         opened.settimeout(0.2)
         end = time.monotonic() + 30
-        frame = pack(state(1, 2))
-        frame = b"\x82\xfe" + struct.pack("!H", len(frame)) + bytes(4) + frame if len(frame) > 125 else masked(frame, 2)
+        frame = masked(pack(state(1, 2)), 2)
         with contextlib.suppress(ConnectionError):
             while running.count("refused_total", reason="unread") == 0 and time.monotonic() < end:
                 with contextlib.suppress(TimeoutError):
@@ -350,20 +420,6 @@ def test_more_clients_than_there_is_room_for(serve) -> None:
             assert client.act(state(1, 2)).shape == (4, 2)
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    files = folder / "server.crt", folder / "server.key"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-days", "2", "-subj", "/CN=robot", "-addext", "subjectAltName=IP:127.0.0.1"]
-    try:
-        subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no openssl that makes a certificate: {error}")
-    return files
-
-
 def test_tls(serve, certificate: tuple[Path, Path]) -> None:
     running = serve(tls=tls_context(*certificate), token=TOKEN, limits=Limits(open_timeout=1.0))
     trusting = ssl.create_default_context(cafile=str(certificate[0]))
@@ -377,6 +433,37 @@ def test_tls(serve, certificate: tuple[Path, Path]) -> None:
         with raw(running) as opened:  # a TLS handshake that stops
             opened.sendall(b"\x16\x03\x01\x02\x00\x01")
             wait_closed(opened)
+
+
+def test_a_request_right_behind_the_tls_handshake(serve, certificate: tuple[Path, Path]) -> None:
+    """The end of the handshake, the upgrade and a request arrive in one piece."""
+    running = serve(tls=tls_context(*certificate))
+    trusting = ssl.create_default_context(cafile=str(certificate[0]))
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    secure = trusting.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    with raw(running) as opened:
+
+        def listen() -> None:
+            data = opened.recv(65536)
+            assert data, "the server closed the connection"
+            incoming.write(data)
+
+        while True:
+            try:
+                secure.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                opened.sendall(outgoing.read())
+                listen()
+        secure.write(UPGRADE)
+        opened.sendall(outgoing.read())
+        received = b""
+        while b"n_action_steps" not in received:
+            try:
+                received += secure.read(65536)
+            except ssl.SSLWantReadError:
+                listen()
+        assert b" 101 " in received
 
 
 def test_old_tls_is_refused(serve, certificate: tuple[Path, Path]) -> None:
@@ -399,27 +486,32 @@ def readable(frame: bytes) -> bool:
 
 
 def test_fuzzed_frames_against_a_running_server(serve) -> None:
-    """3,000 frames, most of them broken: each gets a reply, and the server serves on."""
+    """10,000 frames, most of them broken: each gets its reply, and the server serves on."""
     running = serve(Echo(TASK_SPEC), limits=Limits(rate=1e6))
     rng = random.Random(1)
     seeds = [pack(task_frame()), pack(task_frame(previous=np.zeros((8, 2)), mask=np.zeros(8), timestep=3, seed=1))]
     small = {k: v for k, v in task_frame().items() if "image" not in k}
     seeds += [pack(small), pack({"prompt": "open the drawer", "observation": {"state": np.zeros(2)}})]
-    chunks = errors = sent = 0
-    while sent < 3000:
-        with connect(running.address, compression=None) as client:
-            client.recv()
-            for _ in range(50):
-                frame = mutated(rng.choice(seeds), rng)
-                client.send(frame)
-                sent += 1
-                answer = client.recv(20)
-                chunks += isinstance(answer, bytes)
-                errors += isinstance(answer, str)
-                if not readable(frame):
-                    assert isinstance(answer, str) and closing(client) == ([], 1007)
-                    break
-    assert chunks + errors == sent >= 3000 and min(chunks, errors) > 100
+    connections: list[list[bytes]] = [[]]
+    for _ in range(10_000):
+        frame = mutated(rng.choice(seeds), rng)
+        connections[-1].append(frame)
+        if not readable(frame):  # the last one that a connection may send
+            connections.append([])
+    connections[-1].append(b"\xc1")
+
+    def send(frames: list[bytes]) -> tuple[int, int]:
+        with upgraded(running) as opened, opened.makefile("rb") as stream:
+            opened.sendall(b"".join(masked(frame, 2) for frame in frames))
+            opcodes = [next_frame(stream)[0] for _ in frames]
+            assert opcodes[-1] == 1 and next_frame(stream) == (8, b"\x03\xef"), "text and 1007 for the unreadable one"
+            return opcodes.count(2), opcodes.count(1)
+
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(send, connections))
+    chunks, errors = (sum(column) for column in zip(*counts, strict=True))
+    assert chunks + errors == sum(map(len, connections)) == 10_001 and min(chunks, errors) > 500
+    assert running.count("requests_total") == 10_001
     assert running.count("errors_total", kind="internal") == 0
     with running.client() as client:
         assert client.act(task_frame()).shape == (4, 2)

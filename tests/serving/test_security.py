@@ -1,13 +1,15 @@
-"""The token, the address, TLS files."""
+"""The token, the address and its names, TLS files."""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
 from robopolicy.errors import UserError
-from robopolicy.serving.security import authorized, check_address, is_loopback, read_token, tls_context
+from robopolicy.serving.address import check_address, check_free, is_loopback, names_this_machine
+from robopolicy.serving.security import authorized, read_token, tls_context
 from robopolicy.serving.server import ServerConfig
 
 TOKEN = "0123456789abcdef"
@@ -84,6 +86,27 @@ def test_other_addresses_need_one(host: str) -> None:
     with pytest.raises(UserError, match="openssl rand -hex 32"):
         ServerConfig(host=host)
     ServerConfig(host=host, token=TOKEN)
+
+
+def test_a_name_that_the_server_was_told_to_listen_on() -> None:
+    assert names_this_machine(["arm.local:8000"], "Arm.local")
+    assert not names_this_machine(["arm.local:8000"], "127.0.0.1")
+    assert not names_this_machine(["arm.local", "arm.local"], "arm.local")
+
+
+@pytest.mark.parametrize("name", ["me@localhost", "localhost/x", "[localhost]", "localhost:", "::1", "localhost:1:1"])
+def test_names_are_read_strictly(name: str) -> None:
+    assert names_this_machine([name], "127.0.0.1") == (name == "localhost:")
+
+
+def test_a_taken_port_is_known_without_listening() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        for host in ("127.0.0.1", "localhost", "0.0.0.0", ""):
+            with pytest.raises(UserError, match=f"{host}:{port} cannot be listened on: .*port=…"):
+                check_free(host, port)
+    check_free("127.0.0.1", port)
+    check_free("localhost", 0)
 
 
 def test_tls_needs_certificate_and_key(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import re
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -47,6 +49,13 @@ def test_openpis_client_gets_chunks(serve, exported) -> None:
     again = client.infer({"observation": {"state": np.array([0.1, -0.2]), "image": {"top": image}}, "seed": 7})
     np.testing.assert_array_equal(again["actions"], reply["actions"])
     assert again["server_timing"]["prev_total_ms"] >= reply["server_timing"]["infer_ms"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "localhost", "ws://127.0.0.1"])
+def test_openpis_client_by_any_name_of_this_machine(serve, host: str) -> None:
+    openpi = pytest.importorskip("openpi_client.websocket_client_policy")
+    client = openpi.WebsocketClientPolicy(host, serve().port)
+    assert client.infer(state(1, 2))["actions"][0].tolist() == [101, 102]
 
 
 def test_openpis_client_sees_an_error_and_goes_on(serve) -> None:
@@ -368,9 +377,52 @@ def test_a_message_in_fragments(serve) -> None:
 
 
 def test_a_port_that_is_taken(serve) -> None:
+    class Unused(Echo):
+        def warmup(self, runs: int = 3) -> None:
+            raise AssertionError("the port comes first")
+
     port = serve().port
     with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be listened on"):
-        serve(port=port)
+        serve(Unused(), port=port)
+
+
+def test_a_port_that_is_taken_during_the_warm_up(serve) -> None:
+    class Slow(Echo):
+        def warmup(self, runs: int = 3) -> None:
+            socket_of_other.listen()
+
+    with socket.socket() as socket_of_other:
+        socket_of_other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        socket_of_other.bind(("127.0.0.1", 0))
+        with pytest.raises(UserError, match="cannot be listened on"):
+            serve(Slow(), port=socket_of_other.getsockname()[1])
+
+
+def test_nobody_waits_for_the_warm_up(serve) -> None:
+    """Until the policy is ready a client is refused, as by a server that is not there."""
+    refused = []
+
+    class Asked(Echo):
+        def warmup(self, runs: int = 3) -> None:
+            with socket.socket() as client:
+                refused.append(client.connect_ex(("127.0.0.1", port)))
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve(Asked(), port=port)
+    assert refused == [errno.ECONNREFUSED]
+
+
+def test_stopping_says_whether_the_policy_is_at_rest(serve) -> None:
+    policy = Echo()
+    running = serve(policy, limits=Limits(stop_timeout=0.2))
+    policy.hold.clear()
+    with running.client() as client:
+        client.send(state(1, 0))
+        policy.started.wait(20)
+        assert running.do(running.server.stop()) is False
+        policy.hold.set()
+        wait_until(lambda: running.do(running.server.stop()) is True, "the call ends")
 
 
 def test_a_policy_that_cannot_warm_up(serve) -> None:
@@ -395,6 +447,57 @@ def test_a_reply_that_does_not_come(serve) -> None:
         with pytest.raises(UserError, match="No reply"):
             client.act(state(1, 2))
         policy.hold.set()
+
+
+def test_a_late_reply_is_not_taken_for_the_next_one(serve) -> None:
+    policy = Echo()
+    running = serve(policy)
+    with running.client() as client:
+        policy.hold.clear()
+        client._timeout = 0.05
+        for value in (1, 2):
+            with pytest.raises(UserError, match="No reply"):
+                client.act(state(value, 0))
+        client._timeout = 20
+        policy.hold.set()
+        assert [client.act(state(value, 0))[0, 0] for value in (3, 4, 5)] == [103, 104, 105]
+
+
+def test_act_skips_replies_to_earlier_requests(serve) -> None:
+    with serve().client() as client:
+        client.send(state(1, 0))
+        client.send(state(1, 0, 0))  # refused
+        client.send(state(2, 0))
+        assert client.act(state(3, 0))[0, 0] == 103
+        client.send(state(4, 0))
+        assert client.receive()["actions"][0, 0] == 104
+        with pytest.raises(ServerRefusal, match="shape"):
+            client.act(state(5, 0, 0))
+        assert client.act(state(6, 0))[0, 0] == 106
+
+
+def test_act_says_that_another_thread_sent_something_newer(serve) -> None:
+    policy = Echo()
+    running = serve(policy)
+    policy.hold.clear()
+    refusals: list[ServerRefusal] = []
+    with running.client() as client:
+
+        def act() -> None:
+            with pytest.raises(ServerRefusal, match="took the place") as error:
+                client.act(state(2, 0))
+            refusals.append(error.value)
+
+        client.send(state(1, 0))
+        policy.started.wait(20)
+        thread = threading.Thread(target=act)
+        thread.start()
+        wait_until(lambda: running.count("requests_total") == 2, "the request of act is received")
+        client.send(state(3, 0))
+        wait_until(lambda: running.count("requests_total") == 3, "the newer one is received")
+        policy.hold.set()
+        thread.join(20)
+        assert refusals and client.receive()["actions"][0, 0] == 103
 
 
 def test_text_frames_are_answered_in_words(serve) -> None:

@@ -136,6 +136,7 @@ class AotInductorSession(Session):
                 "with backend=aot_inductor."
             )
         self.inputs, self.outputs, self._limits = description.inputs, description.outputs, description.rows
+        self.max_rows = self._limits[1]
         if self._device == "cpu":
             torch.set_num_threads(threads)
         # A session has one caller at a time, and torch's own locks cannot be part of a CUDA graph.

@@ -46,9 +46,7 @@ class OpenVinoSession(Session):
         device: str = "CPU",
         cache: Path | None = None,
     ) -> None:
-        ov = require_extra("openvino", "openvino")
-        core = ov.Core()
-        _check_device(core, device, precision)
+        core = check_device(device, precision)
         if threads < 1:
             raise UserError(f"threads={threads} of OpenVINO must be at least 1.")
         config: dict[str, Any] = {
@@ -81,7 +79,9 @@ class OpenVinoSession(Session):
         del self._request, self._compiled
 
 
-def _check_device(core: Any, device: str, precision: str) -> None:
+def check_device(device: str, precision: str) -> Any:
+    """OpenVINO's core; a `UserError` where it is not installed, or the device cannot compute so."""
+    core = require_extra("openvino", "openvino").Core()
     if precision not in CAPABILITIES:
         raise UserError(f"precision '{precision}' of OpenVINO is unknown; use {', '.join(CAPABILITIES)}.")
     try:
@@ -95,6 +95,7 @@ def _check_device(core: Any, device: str, precision: str) -> None:
             f"{core.get_property(device, 'FULL_DEVICE_NAME')} cannot compute in {precision}; "
             f"use precision={' or '.join(usable)}."
         )
+    return core
 
 
 def _compile(core: Any, path: Path, device: str, config: Mapping[str, Any]) -> Any:

@@ -199,6 +199,7 @@ class TensorRtSession(Session):
             self._engine = self._load(plan)
             self.inputs, self.outputs = self._borders()
             self._rows = self._profile_rows()
+            self.max_rows = self._rows[1]
             self._buffers: dict[str, Buffer] = {}
             for spec in (*self.inputs, *self.outputs):
                 self._buffers[spec.name] = Buffer(spec, self._rows[1])
