@@ -55,7 +55,8 @@ def test_an_engine_plays_the_episodes_of_its_policy(pusht_bundle: Path, tmp_path
     assert [e.steps for e in engine.episodes] == [e.steps for e in torch_.episodes]
     ours, own = ([e.score for e in result.episodes] for result in (engine, torch_))
     assert ours == pytest.approx(own, abs=0.02)  # contacts enlarge the last digits
-    assert engine.protocol.policy["engine"] == "onnxruntime-fp32"
+    about = engine.protocol.policy
+    assert about["engine"]["name"] == "onnxruntime-fp32" and about["sampler"]["steps"] == 3
 
 
 def test_mistakes(fails, bundle: Path) -> None:

@@ -48,6 +48,8 @@ SHORTER = {
     "calibrate-guidance": "windows=8 threads=1",
     "describe": "calls=1",
     "eval": "episodes=2 videos=0",
+    "export": "exporter=torchscript observations=8",
+    "bench": "runs=10",
     "identify-camera": "",
     "identify": "--steps 60 --workers 1",
     "": "",
@@ -59,7 +61,12 @@ PROMISED = {
         "pictures data/push_puck.zarr/meta/episode_ends runs/a/config.json runs/a/metrics.jsonl "
         "runs/a/first_batch.png runs/a/checkpoints/last runs/a/bundles/last/bundle.yaml "
         "runs/b/bundles/last/bundle.yaml results/a/report.html results/b/report.html results/comparison.html "
-        "runs/drawer/bundles/last/bundle.yaml results/dynamics/report.html"
+        "runs/drawer/bundles/last/bundle.yaml results/dynamics/report.html results/engine/report.html "
+        "runs/a/bundles/last/engines/openvino-fp32/engine.yaml"
+    ),
+    "export.md": (
+        "runs/a/bundles/last/engines/openvino-fp32/sampler.onnx runs/a/bundles/last/engines/fast/golden.safetensors "
+        "results/engine/report.html"
     ),
     "data.md": "pictures data/all.zarr data/all.zarr.zip data/train.zarr data/val.zarr data/clean.zarr",
     "training.md": (
