@@ -40,7 +40,8 @@ class Result:
 
 def observation(spec: PolicySpec) -> dict[str, np.ndarray]:
     """Zeros for every key of one row; latency does not depend on the values."""
-    found = {k.key: np.zeros((1, spec.n_obs_steps, *k.shape), np.float32) for k in spec.observations}
+    kinds = {"image": np.uint8}
+    found = {k.key: np.zeros((1, spec.n_obs_steps, *k.shape), kinds.get(k.role, np.float32)) for k in spec.observations}
     found |= {GOAL + k.key: np.zeros((1, *k.shape), np.float32) for k in spec.goals}
     return found | ({INSTRUCTION: np.array([spec.tasks[0].instruction])} if spec.tasks else {})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -37,8 +39,10 @@ def gpu_is_here():
 without_gpu = pytest.mark.skipif(gpu_is_here(), reason="this machine has a GPU")
 
 
-def graphs_of(family, dtype=torch.float32, rows=2, **changes):
+def graphs_of(family, dtype=torch.float32, rows=2, steps=None, **changes):
     policy = make(family, **changes).eval()
+    if steps is not None and policy.sampler.name != "consistency":
+        policy.sampler = replace(policy.sampler, steps=steps)
     batch = {k: v for k, v in batch_of(policy, rows).items() if k != "action"}
     return policy, policy.export_graphs(batch, dtype)
 
@@ -90,14 +94,15 @@ def assert_plan_is_of(plan, graph):
 def test_every_family_builds_for_three_gpus_in_one_plan(family, tmp_path):
     sizes = {}
     for dtype, exporter in ((torch.float32, "torchscript"), (torch.float16, "dynamo")):
-        _, graphs = graphs_of(family, dtype)
-        names = ("encoder", "denoiser") if dtype == torch.float32 else ("denoiser",)  # states are encoded in float32
-        for name in names:
+        _, graphs = graphs_of(family, dtype, steps=2)
+        # states are encoded in float32; in half precision experts that are near each other may change places in a chunk
+        for name in ("encoder", "sampler") if dtype == torch.float32 else ("denoiser", "sampler"):
             path = tmp_path / f"{name}.onnx"
             export_onnx(graphs[name], path, exporter=exporter)
             plan = build_plan(path, GPUS)
             assert_plan_is_of(plan, graphs[name])
-            assert_same_numbers(path, graphs[name], dtype)
+            if dtype == torch.float32 or name == "denoiser":
+                assert_same_numbers(path, graphs[name], dtype)
             halves = {k: n for k, n in plan.precisions.items() if k in ("HALF", "BF16", "FP8", "INT8")}
             weights = [w for w in onnx.load(path).graph.initializer if w.data_type in (1, 10)]
             if dtype == torch.float32:
