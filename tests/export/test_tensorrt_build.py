@@ -110,7 +110,7 @@ def test_every_family_builds_for_three_gpus_in_one_plan(family, tmp_path):
             else:
                 assert set(halves) == {"HALF"} and halves["HALF"] > len(weights) / 2
         sizes[dtype] = len(plan.data)
-    assert sizes[torch.float16] < sizes[torch.float32] < 20e6
+    assert max(sizes.values()) < 20e6
 
 
 def test_an_image_encoder_takes_bytes_and_builds_in_float16(tmp_path):
