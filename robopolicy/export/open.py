@@ -49,6 +49,8 @@ def open_policy(
         return open_engine(
             bundle, engine, threads=threads, device=device, verify=verify, allow_native_code=allow_native_code
         )
+    if device is not None and device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device={device}: torch runs here on cpu or cuda.")
     return _open_torch(bundle, engine, threads, device or "cpu")
 
 
