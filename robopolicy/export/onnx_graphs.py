@@ -71,7 +71,8 @@ def export_onnx(graph: ExportGraph, path: Path, *, exporter: Exporter = "dynamo"
             f"The {exporter} exporter cannot write {path.name}: {str(error).strip().splitlines()[0]}. Try exporter="
             f"{'torchscript' if exporter == 'dynamo' else 'dynamo'}."
         ) from error
-    _tidy(path)
+    with _quiet():
+        _tidy(path)
     onnx.checker.check_model(str(path))
 
 
