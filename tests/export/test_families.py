@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -49,6 +50,8 @@ def exported(policy, sessions):
 def onnx_sessions(policy, folder, *, rows=1, free_rows=True, exporter="torchscript", loop=False, dtype=torch.float32):
     sessions = {}
     for name, graph in policy.export_graphs(inputs_of(policy, rows), dtype).items():
+        if name == "denoiser":  # see test_guidance, which walks with it
+            continue
         path = folder / f"{name}.onnx"
         if name == "sampler" and loop:
             export_loop(policy, graph, path, dtype=dtype, exporter=exporter, free_rows=free_rows)
@@ -101,11 +104,10 @@ def test_free_rows_by_dynamo(family, tmp_path):
 def test_a_loop_is_the_unrolled_sampler(family, exporter, tmp_path):
     policy = opinionated(make(family, tasks=2))
     same_chunks(policy, onnx_sessions(policy, tmp_path, exporter=exporter, loop=True))
-    one = sum(len(part) for part in (tmp_path / "sampler.onnx").read_bytes().split(b"weight"))
-    twice = short(policy, 12)
-    onnx_sessions(twice, tmp_path, exporter=exporter, loop=True)
-    if policy.sampler.name != "consistency":  # more steps, but for their table of numbers no larger graph
-        assert (tmp_path / "sampler.onnx").stat().st_size < 1.2 * one + 100_000
+    size = (tmp_path / "sampler.onnx").stat().st_size
+    if exporter == "torchscript":  # more steps are no larger graph, but for their table of numbers
+        onnx_sessions(short(policy, 12), tmp_path, exporter=exporter, loop=True)
+        assert (tmp_path / "sampler.onnx").stat().st_size < 1.2 * size + 20_000
 
 
 @pytest.mark.parametrize("family", SMALL)
@@ -180,17 +182,17 @@ def test_a_mask_keeps_the_previous_chunk(family, tmp_path):
 def test_the_actors_own_critic_chooses(tmp_path):
     policy = opinionated(make("consistency actor", candidates=6, temperature=0.5))
     sessions = onnx_sessions(policy, tmp_path)
-    assert set(sessions) == {"encoder", "sampler", "denoiser", "critic_encoder", "critic"}
+    assert set(sessions) == {"encoder", "sampler", "critic_encoder", "critic"}
     same_chunks(policy, sessions, rows=4)
 
 
 def test_experts_of_unrolled_steps_are_constants(tmp_path):
-    """Nothing is routed while an unrolled sampler runs; the one call of the denoiser alone has to."""
-    import onnx
-
+    """Nothing is routed while an unrolled sampler runs; a loop has to."""
     policy = short(opinionated(make("mode")))
-    onnx_sessions(policy, tmp_path, free_rows=False, exporter="dynamo")
-    kinds = {
-        name: {n.op_type for n in onnx.load(tmp_path / f"{name}.onnx").graph.node} for name in ("sampler", "denoiser")
-    }
-    assert "TopK" not in kinds["sampler"] and "TopK" in kinds["denoiser"]
+    kinds = {}
+    for loop in (False, True):
+        onnx_sessions(policy, tmp_path, free_rows=False, loop=loop)
+        graph = onnx.load(tmp_path / "sampler.onnx").graph
+        bodies = [a.g.node for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+        kinds[loop] = {node.op_type for nodes in (graph.node, *bodies) for node in nodes}
+    assert "TopK" not in kinds[False] and "TopK" in kinds[True]
