@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from robopolicy.cli.compose import compose_config
 from robopolicy.cli.evaluate import Sampler, override_sampler
-from robopolicy.errors import UserError
+from robopolicy.errors import UserError, require_extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -42,6 +42,15 @@ outside the tolerance is refused. With eval=true both play the same episodes, an
 
 An engine runs in robopolicy eval engine=…, bench and serve, and from Python: robopolicy.inference.policy.open_engine.
 """
+
+
+EXTRA = {
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt_rtx": "tensorrt",
+    "tensorrt": "tensorrt-classic",
+}
+"""What to install for each backend."""
 
 
 def add_parser(verbs: Any) -> None:
@@ -90,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
     overrides = [_with_underscores(override) for override in args.overrides]
     settings = dataclass_from(Settings, compose_config("export", overrides), "")
+    for package in ("onnx", "onnxscript"):
+        require_extra(package, EXTRA.get(settings.backend, "export"))
     import torch
 
     from robopolicy.export.build import ExportConfig, build_engine

@@ -21,7 +21,7 @@ import robopolicy
 from robopolicy.data.durable import sync_path
 from robopolicy.errors import UserError, require_extra
 from robopolicy.export.borders import borders, torch_session
-from robopolicy.export.critic import critic_graphs
+from robopolicy.export.critic import critic_graphs, own_candidates
 from robopolicy.export.engine_policy import noise_of
 from robopolicy.export.guidance import GuidanceExport, export_guidance
 from robopolicy.export.loop import export_loop
@@ -50,7 +50,6 @@ from robopolicy.inference.policy import ExportedPolicy, exported_policy
 from robopolicy.inference.session import Session
 from robopolicy.manifest import bundle_fingerprint, file_sha256
 from robopolicy.policies.base import ExportGraph
-from robopolicy.policies.consistency_ac import ConsistencyAc
 from robopolicy.policies.denoising import DenoisingPolicy
 from robopolicy.policies.mode import Mode
 from robopolicy.steering.base import Steering
@@ -601,13 +600,6 @@ def _unfinished(folder: Path) -> Path:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     partial.mkdir()
     return partial
-
-
-def own_candidates(policy: DenoisingPolicy) -> Candidates | None:
-    """How a policy chooses among its chunks with a critic of its own."""
-    if not isinstance(policy, ConsistencyAc) or policy.config.candidates == 1:
-        return None
-    return Candidates(policy.config.candidates, policy.config.temperature)
 
 
 def _versions(config: ExportConfig) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robopolicy.errors import UserError
 from robopolicy.inference.engine import Candidates
 from robopolicy.policies.base import ExportGraph
+from robopolicy.policies.consistency_ac import ConsistencyAc
 from robopolicy.policies.denoising import DenoisingPolicy
 from robopolicy.policies.graphs import encoder_keys
 from robopolicy.spec import TASK, check_keys
@@ -70,3 +71,10 @@ def critic_graphs(
         "critic": ExportGraph(CriticGraph(values), (features, chunk), ("features", "chunk"), ("value",)),
     }
     return Candidates(candidates, temperature), graphs
+
+
+def own_candidates(policy: DenoisingPolicy) -> Candidates | None:
+    """How a policy chooses among its chunks with a critic of its own."""
+    if not isinstance(policy, ConsistencyAc) or policy.config.candidates == 1:
+        return None
+    return Candidates(policy.config.candidates, policy.config.temperature)

@@ -56,7 +56,7 @@ def open_policy(
 
 def _open_torch(bundle: Path, engine: str, threads: int, device: str) -> ExportedPolicy:
     from robopolicy.export.borders import torch_session
-    from robopolicy.export.build import own_candidates
+    from robopolicy.export.critic import own_candidates
     from robopolicy.export.observations import made_up
     from robopolicy.manifest import bundle_fingerprint
     from robopolicy.policies.bundle import load_bundle

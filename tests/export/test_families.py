@@ -11,7 +11,7 @@ import torch
 
 from robopolicy.errors import UserError
 from robopolicy.export.borders import torch_session
-from robopolicy.export.build import own_candidates
+from robopolicy.export.critic import own_candidates
 from robopolicy.export.engine_policy import EnginePolicy
 from robopolicy.export.loop import export_loop
 from robopolicy.export.onnx_graphs import export_onnx
