@@ -31,7 +31,8 @@ From demonstrations to a deployed policy.
   7. export it              robopolicy export bundle=… backend=openvino
                             robopolicy bench bundle=…
                             robopolicy serve bundle=…
-  8. trust the simulation?  robopolicy fidelity --real real.csv --sim a=results/a b=results/b c=results/c
+  8. rehearse with delays   robopolicy rehearse bundle=… delays=[0,0.2]
+  9. trust the simulation?  robopolicy fidelity --real real.csv --sim a=results/a b=results/b c=results/c
 
 All of it on an example, in about ten minutes: robopolicy demo
 Every verb explains itself: robopolicy train --help
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         identify,
         randomize,
         record,
+        rehearse,
         select,
         serve,
         teleoperate,
@@ -82,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         calibrate_guidance,
         align,
     )
-    deployment = (export, bench, serve)
+    deployment = (export, bench, serve, rehearse)
     for module in (*daily, *more_training, *deployment, identify, randomize, fidelity, select, demo):
         module.add_parser(verbs)
     return parser

@@ -30,6 +30,7 @@ class Event(Enum):
     STOP = "stop"
     INTERVENE = "intervene"
     RELEASE = "release"  # the person lets go
+    RESUME = "resume"  # the person lets go and the policy goes on
     FAIL = "fail"
     AT_REST = "at rest"
     RESET = "reset"
@@ -49,6 +50,7 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, State | None]] = {
     (State.RUNNING, Event.INTERVENE): (State.INTERVENTION, None),
     (State.RUNNING, Event.FAIL): (State.STOPPING, State.FAULT),
     (State.INTERVENTION, Event.RELEASE): (State.STOPPING, State.HOLDING),
+    (State.INTERVENTION, Event.RESUME): (State.RUNNING, None),
     (State.INTERVENTION, Event.HOLD): (State.STOPPING, State.HOLDING),
     (State.INTERVENTION, Event.STOP): (State.STOPPING, State.IDLE),
     (State.INTERVENTION, Event.FAIL): (State.STOPPING, State.FAULT),
