@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     bundle = Path(settings.bundle).resolve()
     environment, options = _place(settings, read_manifest(bundle)["task"])
     schedulers = [scheduler_settings(name, settings.settings.get(name, {})) for name in settings.schedulers]
+    out = Path(settings.out) if settings.out else bundle.parent.parent / "rehearsal"
+    out.mkdir(parents=True, exist_ok=True)
     policy = open_policy(
         bundle, settings.engine, threads=settings.threads, allow_native_code=settings.allow_native_code
     )
@@ -116,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
         for scheduler in schedulers
     ]
     policy.close()
-    out = Path(settings.out) if settings.out else bundle.parent.parent / "rehearsal"
     write_json(out / "rehearsal.json", _described(environment, options, motion, settings, results))
     print(
         f"{environment}, {settings.episodes} episodes each, engine {policy.name}, {settings.command_rate:g} commands/s"

@@ -233,6 +233,7 @@ def _play(
     seams: list[int] = []
     while not world.ended and (clock.now() - NS) / NS < time_limit and runner.machine.state is State.RUNNING:
         command = runner.tick()
+        runner.think()
         if command is not None:
             if runner.trajectory_due:
                 seams.append(len(commands))

@@ -142,15 +142,24 @@ def _body(step: GraphProto, weights: Sequence[str], found: Sequence[str], outer:
 
 def _physical(policy: DenoisingPolicy, step: LoopedStep) -> tuple[list[NodeProto], dict[str, np.ndarray]]:
     """Nodes from the loop's last x to the chunk in physical units, and their constants."""
+    prefix = step.step.prefix_steps > 0
     ends = [
         helper.make_node("Sub", ["last_x", "offset"], ["shifted"]),
-        helper.make_node("Div", ["shifted", "scale"], ["chunk"]),
+        helper.make_node("Div", ["shifted", "scale"], ["sampled" if prefix else "chunk"]),
     ]
+    constants: dict[str, np.ndarray] = {}
+    if prefix:  # what is committed comes back as it is
+        ends += [
+            helper.make_node("Unsqueeze", ["mask", "last_axis"], ["mask_of_entries"]),
+            helper.make_node("Equal", ["mask_of_entries", "one"], ["committed"]),
+            helper.make_node("Where", ["committed", "previous", "sampled"], ["chunk"]),
+        ]
+        constants |= {"last_axis": np.array([-1]), "one": np.array(1, np.float32)}
     if policy.spec.domains == 1:
         maps = step.action_map
-        return ends, {name: getattr(maps, name).cpu().numpy() for name in ("scale", "offset")}
+        return ends, constants | {name: getattr(maps, name).cpu().numpy() for name in ("scale", "offset")}
     picks = [helper.make_node("Gather", ["action_map", f"{name}_at"], [name], axis=1) for name in ("scale", "offset")]
-    return [*picks, *ends], {"scale_at": np.array([0]), "offset_at": np.array([1])}
+    return [*picks, *ends], constants | {"scale_at": np.array([0]), "offset_at": np.array([1])}
 
 
 def _value(name: str, example: torch.Tensor, rows: int | str) -> ValueInfoProto:

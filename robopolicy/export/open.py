@@ -9,7 +9,7 @@ from robopolicy.inference.engine import engine_names
 from robopolicy.inference.policy import ExportedPolicy, open_engine
 from robopolicy.inference.session import Session
 
-TORCH = ("torch", "torch-compile")
+TORCH = ("torch", "torch-compile", "torch-rtc")
 
 __all__ = ["TORCH", "engine_names", "open_policy"]
 
@@ -27,8 +27,8 @@ def open_policy(
 
     Args:
         bundle: its folder.
-        engine: name of an engine; ``torch`` or ``torch-compile``, which need no file and import torch; None: the only
-            engine, or torch where there is none.
+        engine: name of an engine; ``torch``, ``torch-compile`` or ``torch-rtc`` (real-time chunking by its published
+            guidance), which need no file and import torch; None: the only engine, or torch where there is none.
         threads: CPU threads.
         device: of torch ``cpu``, ``cuda`` …; see `open_engine`.
         verify: sample the golden chunks and compare.
@@ -64,6 +64,10 @@ def _open_torch(bundle: Path, engine: str, threads: int, device: str) -> Exporte
 
     policy, about = load_bundle(bundle, device)
     assert isinstance(policy, DenoisingPolicy)  # as all families are
+    if engine == "torch-rtc":
+        from robopolicy.export.rtc_policy import rtc_policy
+
+        return rtc_policy(policy, device=device, threads=threads, fingerprint=bundle_fingerprint(about))
     batch = {key: value.to(policy.device) for key, value in made_up(policy, 1, seed=0).items()}
     graphs = policy.export_graphs(batch)
     sessions: dict[str, Session] = {

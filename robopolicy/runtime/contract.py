@@ -79,7 +79,7 @@ class Part:
             ``wrench`` (force, torque). Empty for images.
         names: entries of a ``JointState``, in the order in which the key has them.
         scale, offset: the entry is ``scale * value + offset``: one number, or one for each entry.
-        resize: (height, width) to which images are resized (area averaging when smaller).
+        resize: (height, width) to which images are resized (mean of the covered pixels when smaller).
     """
 
     stream: str

@@ -94,8 +94,9 @@ class _Signals:
 class Runner:
     """Drives a robot with a policy.
 
-    The owner feeds `observe`, `signal` and `intervene` as messages come, calls `tick` at the contract's command rate
-    and sends what it returns. Where a command is a trajectory, it sends `preview` whenever ``trajectory_due`` is set.
+    The owner feeds `observe`, `signal` and `intervene` as messages come. At the contract's command rate it calls
+    `tick`, sends what that returns and then calls `think`. Where a command is a trajectory, it sends `preview` whenever
+    ``trajectory_due`` is set.
 
     Args:
         contract, limits: of the robot.
@@ -103,6 +104,7 @@ class Runner:
         scheduler: how chunks are executed.
         clock: of everything.
         settings: see `RunnerSettings`.
+        prefix_steps: longest prefix that the policy was trained with, see `robopolicy.policies.prefix`; None: unknown.
 
     Attributes:
         machine: the state and its reason.
@@ -125,6 +127,8 @@ class Runner:
         scheduler: SchedulerSettings,
         clock: Clock,
         settings: RunnerSettings | None = None,
+        *,
+        prefix_steps: int | None = None,
     ) -> None:
         self.contract, self.limits, self.clock = contract, limits, clock
         self.settings = settings or RunnerSettings()
@@ -132,7 +136,11 @@ class Runner:
         self.spec = worker.spec
         check_fit(contract, self.spec)
         self._scheduler = make_scheduler(
-            scheduler, self.spec, latency=action_latency(contract), lookahead=self.settings.lookahead
+            scheduler,
+            self.spec,
+            latency=action_latency(contract),
+            lookahead=self.settings.lookahead,
+            prefix_steps=prefix_steps,
         )
         self.machine = Machine()
         self.buffer = ObservationBuffer(
@@ -247,7 +255,7 @@ class Runner:
     # The command loop.
 
     def tick(self) -> Command | None:
-        """Advance by one command period.
+        """Advance by one command period. Send what it returns, then call `think`.
 
         Returns:
             What to send for the end of the period; None where nothing is to be sent.
@@ -255,8 +263,6 @@ class Runner:
         now = self.clock.now()
         self._watch(now)
         self._collect(now)
-        if self.machine.state is State.RUNNING:
-            self._ask(now)
         state = self.machine.state
         if state is State.RUNNING:
             point = self._follow(now)
@@ -269,6 +275,11 @@ class Runner:
         else:
             return None
         return Command(now + nanoseconds(self.period), point.position, point.velocity, point.acceleration)
+
+    def think(self) -> None:
+        """Send the newest observation to the policy, if a chunk is due; resizing images may take milliseconds."""
+        if self.machine.state is State.RUNNING:
+            self._ask(self.clock.now())
 
     def preview(self) -> Trajectory:
         """The commands to come, ending at rest: what a trajectory controller follows if nothing more arrives."""
@@ -326,17 +337,18 @@ class Runner:
     def _silence(self, now: int) -> str:
         """Which stream has been silent for too long."""
         for name in self._used:
-            allowed = self.contract.streams[name].stale_after * self.limits.stream_grace
-            if (age := self.buffer.age(name, now)) > allowed:
-                topic = self.contract.streams[name].topic
-                return f"The stream '{name}' ({topic}) is silent for {age:.2f} s, allowed are {allowed:.2f} s."
+            stream = self.contract.streams[name]
+            allowed = stream.stale_after * self.limits.stream_grace
+            age = self.buffer.age(name, now) - stream.latency
+            if age > allowed:
+                return f"The stream '{name}' ({stream.topic}) is silent for {age:.2f} s, allowed are {allowed:.2f} s."
         return ""
 
     def _policy_problem(self, now: int) -> str:
         health = self._worker.health()
         if not health.alive:
             return f"The policy's process has ended. {health.error}".strip()
-        if (now - health.beat) / NS > self.limits.heartbeat_timeout:
+        if health.ready and (now - health.beat) / NS > self.limits.heartbeat_timeout:
             return f"The policy's process gave no sign of life for {(now - health.beat) / NS:.2f} s."
         if self.machine.state is not State.RUNNING:
             return ""
@@ -424,7 +436,8 @@ class Runner:
             self._scheduler.lost()
             return self._count_invalid(why)
         self._invalid = 0
-        self._scheduler.accept(chunk, now)
+        if not self._scheduler.accept(chunk, now):
+            return
         self._last_chunk, self.chunk, self._cut_short, self._wanted_since = now, chunk, False, None
         self._counters["chunks"] += 1
         self.trajectory_due = True

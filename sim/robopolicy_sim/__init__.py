@@ -36,6 +36,7 @@ def register_envs() -> None:
     """Register every task under the namespace ``robopolicy_sim``; calling it again changes nothing."""
     _register("PushPuck", "push_puck:PushPuckEnv", 150)
     _register("PushPuckRings", "push_puck_rings:PushPuckRingsEnv", 150)
+    _register("TrackTarget", "track_target:TrackTargetEnv", 60)  # 6 s at its usual rate
     for task, (entry_point, max_episode_steps, arms) in ARM_TASKS.items():
         for arm, suffix in arms.items():
             _register(f"{task}{suffix}", entry_point, max_episode_steps, arm=arm)

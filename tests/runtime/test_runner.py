@@ -101,6 +101,7 @@ class Robot:
                 if (value := getattr(self, name)) is not None:
                     self.runner.signal(name, value)
             command = self.runner.tick()
+            self.runner.think()
             if command is not None:
                 self.commands.append(command)
                 self.position = command.position.copy()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 
-from robopolicy_sim.envs.base import Expert, MujocoTaskEnv, Observation
+from robopolicy_sim.envs.base import Expert, Observation
+from robopolicy_sim.envs.gantry import GantryEnv
 from robopolicy_sim.experts.push_puck import PushPuckExpert, PushPuckGeometry
 
 
@@ -34,18 +34,18 @@ class PushPuckConfig:
     dwell_steps: int = 4
 
 
-class PushPuckEnv(MujocoTaskEnv):
+class PushPuckEnv(GantryEnv):
     """Push the puck until it lies inside the ring.
 
-    Action: target position of the pusher (x, y) in metres, absolute; the controller moves towards it at no more than
-    ``max_speed``. State: pusher xy, puck xy, goal xy in metres. Success: the puck's whole disc has been inside the ring
-    (its centre within 3 cm of the ring's centre) for ``dwell_steps`` steps, so shooting it through does not count.
+    Action: see `GantryEnv`. State: pusher xy, puck xy, goal xy in metres. Success: the whole puck has been inside
+    the ring (its centre within 3 cm of the ring's centre) for ``dwell_steps`` steps, so shooting it through does not
+    count.
     """
 
     scene = "push_puck.xml"
     control_hz = 10
     instruction = "push the puck into the ring"
-    metadata = MujocoTaskEnv.metadata | {
+    metadata = GantryEnv.metadata | {
         "units": {"observation.state": "m", "action": "m"},
         "names": {
             "observation.state": ("pusher_x", "pusher_y", "puck_x", "puck_y", "goal_x", "goal_y"),
@@ -54,8 +54,8 @@ class PushPuckEnv(MujocoTaskEnv):
     }
 
     def __init__(self, *, config: PushPuckConfig | None = None, **rendering: Any) -> None:
-        super().__init__(**rendering)
         self.config = config or PushPuckConfig()
+        super().__init__(max_speed=self.config.max_speed, **rendering)
         puck, pusher = self.model.geom("puck"), self.model.geom("pusher")
         self.geometry = PushPuckGeometry(
             puck_radius=float(puck.size[0]),
@@ -64,7 +64,6 @@ class PushPuckEnv(MujocoTaskEnv):
             reach=float(self.model.actuator("carriage_x").ctrlrange[1]),
         )
         self._rest_height = float(puck.size[1])
-        self._setpoint: np.ndarray = np.zeros(2)
         self._start_state: np.ndarray | None = None
         self._start_distance = 1.0
         self._steps_inside = 0
@@ -73,20 +72,12 @@ class PushPuckEnv(MujocoTaskEnv):
         return PushPuckExpert(self.geometry, seed=seed)
 
     @property
-    def _pusher(self) -> np.ndarray:
-        return self.data.qpos[[1, 0]]  # the bridge (y) carries the carriage (x)
-
-    @property
     def _puck(self) -> np.ndarray:
         return self.data.joint("puck").qpos[:2]
 
     @property
     def _goal(self) -> np.ndarray:
         return self.data.mocap_pos[0, :2]
-
-    def _build_action_space(self) -> spaces.Box:
-        low, high = self.model.actuator_ctrlrange.T
-        return spaces.Box(low.astype(np.float32), high.astype(np.float32))
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -105,10 +96,9 @@ class PushPuckEnv(MujocoTaskEnv):
     def _place(self, rng: np.random.Generator) -> None:
         pusher, puck, goal = self._random_start(rng) if self._start_state is None else self._given_start()
         yaw = rng.uniform(-np.pi, np.pi)
-        self.data.qpos[[1, 0]] = pusher
+        self._place_pusher(pusher)
         self.data.joint("puck").qpos[:] = [*puck, self._rest_height, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
         self.data.mocap_pos[0, :2] = goal
-        self.data.ctrl[:] = self._setpoint = pusher
         self._start_distance = max(float(np.linalg.norm(goal - puck)), 1e-6)
         self._steps_inside = 0
 
@@ -131,15 +121,6 @@ class PushPuckEnv(MujocoTaskEnv):
         if np.linalg.norm(pusher - puck) < self.geometry.contact_distance:
             raise ValueError(f"options['state']: the pusher at {pusher} overlaps the puck at {puck}.")
         return np.stack([pusher, puck, goal])
-
-    def _setpoints(self, action: np.ndarray) -> np.ndarray:
-        low, high = self.model.actuator_ctrlrange.T
-        travel = np.clip(action, low, high) - self._setpoint
-        travel *= min(1.0, self.config.max_speed / self.control_hz / max(float(np.linalg.norm(travel)), 1e-9))
-        ramp = np.arange(1, self._substeps + 1)[:, None] / self._substeps
-        setpoints = self._setpoint + ramp * travel
-        self._setpoint = setpoints[-1]
-        return setpoints
 
     def _vectors(self) -> dict[str, np.ndarray]:
         return {"observation.state": np.concatenate([self._pusher, self._puck, self._goal])}
