@@ -75,7 +75,9 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> dict[st
     late = ("policy.",) if own_task else ("policy.", "task.")
     plain = compose_config("finetune", [o for o in overrides if not o.startswith(late)], config_dir)
     manifest = read_manifest(Path(plain["bundle"]))
-    plain |= {"policy": manifest["architecture"], FINGERPRINT: bundle_fingerprint(manifest)}
+    architecture = {**manifest["architecture"]}
+    architecture["config"] = {"prefix_steps": 0, **architecture["config"]}  # bundles of before the option lack it
+    plain |= {"policy": architecture, FINGERPRINT: bundle_fingerprint(manifest)}
     plain["task_before"] = manifest["task"]
     if not own_task:
         first = dataclass_from(DataConfig, plain["data"], "data").datasets[0]

@@ -32,7 +32,9 @@ From demonstrations to a deployed policy.
                             robopolicy bench bundle=…
                             robopolicy serve bundle=…
   8. rehearse with delays   robopolicy rehearse bundle=… delays=[0,0.2]
-  9. trust the simulation?  robopolicy fidelity --real real.csv --sim a=results/a b=results/b c=results/c
+  9. on an arm              robopolicy hardware check ur5e --bundle runs/…/bundles/last --live
+                            ros2 launch robopolicy_ros policy.launch.py robot:=ur5e bundle:=…
+ 10. trust the simulation?  robopolicy fidelity --real real.csv --sim a=results/a b=results/b c=results/c
 
 All of it on an example, in about ten minutes: robopolicy demo
 Every verb explains itself: robopolicy train --help
@@ -54,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         extend,
         fidelity,
         finetune,
+        hardware,
         identify,
         randomize,
         record,
@@ -84,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         calibrate_guidance,
         align,
     )
-    deployment = (export, bench, serve, rehearse)
+    deployment = (export, bench, serve, rehearse, hardware)
     for module in (*daily, *more_training, *deployment, identify, randomize, fidelity, select, demo):
         module.add_parser(verbs)
     return parser

@@ -47,7 +47,8 @@ class Denoiser(nn.Module, ABC):
         """Predict the target.
 
         Args:
-            x: (B, H, A) noised, normalised, scaled action chunks.
+            x: (B, H, A) noised, normalised, scaled action chunks; or, of networks with a prefix, (B, H, 2 A + 1) as
+                `robopolicy.nets.prefix.Prefix` shows them.
             noise: `embed` of (B,) levels, one for each row, or of (1,) level for all; or an entry of `at_levels`.
             cond: from `condition`, B rows.
 

@@ -61,19 +61,29 @@ class DiffusionTransformer(Denoiser):
         layers: number of blocks.
         heads: attention heads, divides ``dim``.
         hidden: hidden units of the perceptrons.
+        prefix: it can be shown known actions.
 
     Raises:
         UserError: impossible sizes.
     """
 
     def __init__(
-        self, action_dim: int, horizon: int, size: ContextSize, *, dim: int, layers: int, heads: int, hidden: int
+        self,
+        action_dim: int,
+        horizon: int,
+        size: ContextSize,
+        *,
+        dim: int,
+        layers: int,
+        heads: int,
+        hidden: int,
+        prefix: bool = False,
     ) -> None:
         super().__init__()
         check_transformer(dim, layers, heads)
         self.dim, self.horizon = dim, horizon
         self.context_tokens = ContextTokens(size, dim)
-        self.action_tokens = ActionTokens(action_dim, horizon, dim)
+        self.action_tokens = ActionTokens(action_dim, horizon, dim, prefix)
         self.blocks = nn.ModuleList(DitBlock(dim, heads, hidden) for _ in range(layers))
         self.head = nn.Linear(dim, action_dim)
         self.apply(_init)

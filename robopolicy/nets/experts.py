@@ -236,6 +236,7 @@ class ModeDenoiser(GptDenoiser):
             are chosen.
         route_on_goal: the router sees goal and instruction, too. Rows then have experts of their own, and nothing can
             be tabulated: sampling runs the router in every step.
+        prefix: it can be shown known actions.
 
     Raises:
         UserError: impossible sizes, or nothing to route on.
@@ -256,6 +257,7 @@ class ModeDenoiser(GptDenoiser):
         hidden: int,
         shared_expert: bool = False,
         route_on_goal: bool = False,
+        prefix: bool = False,
     ) -> None:
         check_experts(experts, top_k, hidden, shared_expert)
         super().__init__(
@@ -268,6 +270,7 @@ class ModeDenoiser(GptDenoiser):
             feed_forward=lambda: StackedExperts(dim, hidden, experts),
             noise_embedding=noise_embedding,
             noise_conditioned=True,
+            prefix=prefix,
         )
         self.router = NoiseRouter(dim, layers, experts, top_k, shared_expert)
         self.idle_experts = experts - top_k

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robopolicy.nets.context import Context
 from robopolicy.nets.denoiser import Conditioning, Denoiser
+from robopolicy.nets.prefix import split_marks
 from robopolicy.nets.unet1d import SinusoidalEmbedding
 
 
@@ -31,12 +32,19 @@ class ChunkMlp(Denoiser):
         cond_dim: length of the flat context.
         hidden_dims: widths of the hidden layers, at least one.
         step_embed_dim: length of the noise level's embedding.
+        prefix: it can be shown known actions.
     """
 
     def __init__(
-        self, chunk: tuple[int, int], cond_dim: int, hidden_dims: tuple[int, ...], step_embed_dim: int
+        self,
+        chunk: tuple[int, int],
+        cond_dim: int,
+        hidden_dims: tuple[int, ...],
+        step_embed_dim: int,
+        prefix: bool = False,
     ) -> None:
         super().__init__()
+        self.action_dim = chunk[1]
         size = chunk[0] * chunk[1]
         self.from_chunk = nn.Linear(size, hidden_dims[0])
         self.from_context = mlp(cond_dim, *[hidden_dims[0]] * 3)
@@ -46,6 +54,7 @@ class ChunkMlp(Denoiser):
             nn.Linear(step_embed_dim, hidden_dims[0], bias=False),
         )
         self.rest = nn.Sequential(nn.Mish(), mlp(*hidden_dims, size))
+        self.known = nn.Linear(chunk[0] * (chunk[1] + 1), hidden_dims[0], bias=False) if prefix else None
 
     def condition(self, context: Context) -> Conditioning:
         """The context's part (B, hidden) of the first layer."""
@@ -56,7 +65,11 @@ class ChunkMlp(Denoiser):
         return self.from_level(level)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
-        return self.rest(self.from_chunk(x.flatten(1)) + noise + cond[0]).view_as(x)
+        x, marks = split_marks(x, self.action_dim)
+        hidden = self.from_chunk(x.flatten(1)) + noise + cond[0]
+        if self.known is not None and marks is not None:
+            hidden = hidden + self.known(marks.flatten(1))
+        return self.rest(hidden).view_as(x)
 
 
 class ChunkResNet(Denoiser):
@@ -72,12 +85,21 @@ class ChunkResNet(Denoiser):
         blocks: how many.
         expansion: width of a block's hidden layer, in widths.
         step_embed_dim: length of the noise level's embedding.
+        prefix: it can be shown known actions.
     """
 
     def __init__(
-        self, chunk: tuple[int, int], cond_dim: int, width: int, blocks: int, expansion: int, step_embed_dim: int
+        self,
+        chunk: tuple[int, int],
+        cond_dim: int,
+        width: int,
+        blocks: int,
+        expansion: int,
+        step_embed_dim: int,
+        prefix: bool = False,
     ) -> None:
         super().__init__()
+        self.action_dim = chunk[1]
         size = chunk[0] * chunk[1]
         self.from_chunk = nn.Linear(size, width)
         self.from_context = mlp(cond_dim, width, width)
@@ -88,6 +110,7 @@ class ChunkResNet(Denoiser):
             nn.Sequential(nn.LayerNorm(width), mlp(width, expansion * width, width)) for _ in range(blocks)
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size))
+        self.known = nn.Linear(chunk[0] * (chunk[1] + 1), width, bias=False) if prefix else None
 
     def condition(self, context: Context) -> Conditioning:
         """The context's part (B, width) of the first layer."""
@@ -98,7 +121,10 @@ class ChunkResNet(Denoiser):
         return self.from_level(level)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
+        x, marks = split_marks(x, self.action_dim)
         hidden = self.from_chunk(x.flatten(1)) + noise + cond[0]
+        if self.known is not None and marks is not None:
+            hidden = hidden + self.known(marks.flatten(1))
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return self.head(hidden).view_as(x)

@@ -258,6 +258,7 @@ class SdpDenoiser(Denoiser):
         experts: in each layer.
         router_experts: for each task, how many of the experts its router knows.
         top_k: experts of a token.
+        prefix: it can be shown known actions.
 
     Raises:
         UserError: impossible sizes.
@@ -278,13 +279,14 @@ class SdpDenoiser(Denoiser):
         experts: int,
         router_experts: Sequence[int],
         top_k: int,
+        prefix: bool = False,
     ) -> None:
         super().__init__()
         check_transformer(dim, layers, heads)
         check_task_experts(experts, router_experts, top_k)
         self.layers, self.heads, self.experts = layers, heads, experts
         self.context_tokens = ContextTokens(size, dim)
-        self.action_tokens = ActionTokens(action_dim, horizon, dim)
+        self.action_tokens = ActionTokens(action_dim, horizon, dim, prefix)
         self.noise_embedding = SinusoidalEmbedding(dim)
         self.noise_position = nn.Parameter(INIT_STD * torch.randn(dim))
         self.memory = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
@@ -347,8 +349,7 @@ class SdpDenoiser(Denoiser):
         """Predict the target, and say how it was routed.
 
         Args:
-            x: (B, H, A).
-            noise: see `Denoiser.forward`.
+            x, noise: see `Denoiser.forward`.
             cond: from `condition`; in training possibly followed by the factors of `draw_dropout`.
 
         Returns:

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from robopolicy.errors import UserError
 from robopolicy.nets.context import Context, ContextSize
 from robopolicy.nets.denoiser import Conditioning, Denoiser
+from robopolicy.nets.prefix import split_marks
 from robopolicy.nets.unet1d import SinusoidalEmbedding
 
 INIT_STD = 0.02
@@ -73,16 +74,21 @@ class ActionTokens(nn.Module):
         action_dim: A.
         horizon: actions in a chunk, H.
         dim: length of a token.
+        prefix: it can be shown known actions.
     """
 
-    def __init__(self, action_dim: int, horizon: int, dim: int) -> None:
+    def __init__(self, action_dim: int, horizon: int, dim: int, prefix: bool = False) -> None:
         super().__init__()
+        self.action_dim = action_dim
         self.action = nn.Linear(action_dim, dim, bias=False)
         self.positions = nn.Parameter(INIT_STD * torch.randn(horizon, dim))
+        self.known = nn.Linear(action_dim + 1, dim, bias=False) if prefix else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, A) to (B, H, dim)."""
-        return self.action(x) + self.positions
+        """(B, H, A), or (B, H, 2 A + 1) with marks, to (B, H, dim)."""
+        x, marks = split_marks(x, self.action_dim)
+        tokens = self.action(x) + self.positions
+        return tokens if self.known is None or marks is None else tokens + self.known(marks)
 
 
 class SelfAttention(nn.Module):
@@ -169,6 +175,7 @@ class GptDenoiser(Denoiser):
         feed_forward: makes the feed-forward part of a block; see `GptBlock`.
         noise_embedding: maps levels (N,) to (N, dim).
         noise_conditioned: see `GptBlock`.
+        prefix: it can be shown known actions.
 
     Raises:
         UserError: impossible sizes.
@@ -186,12 +193,13 @@ class GptDenoiser(Denoiser):
         feed_forward: Callable[[], nn.Module],
         noise_embedding: nn.Module,
         noise_conditioned: bool = False,
+        prefix: bool = False,
     ) -> None:
         super().__init__()
         check_transformer(dim, layers, heads)
         self.dim, self.layers, self.horizon = dim, layers, horizon
         self.context_tokens = ContextTokens(size, dim)
-        self.action_tokens = ActionTokens(action_dim, horizon, dim)
+        self.action_tokens = ActionTokens(action_dim, horizon, dim, prefix)
         self.blocks = nn.ModuleList(
             GptBlock(dim, heads, feed_forward(), noise_conditioned=noise_conditioned) for _ in range(layers)
         )
@@ -214,7 +222,7 @@ class GptDenoiser(Denoiser):
         """Predict the target.
 
         Args:
-            x: (B, H, A).
+            x: see `Denoiser.forward`.
             noise: noise embedding (B, dim), or (1, dim) for all rows.
             told: for each block, what its feed-forward part is told besides the tokens.
             cond: from `condition`; in training possibly followed by the factors of `draw_dropout`.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from robopolicy.nets.context import Context
 from robopolicy.nets.denoiser import Conditioning, Denoiser
+from robopolicy.nets.prefix import split_marks
 from robopolicy.nets.short_group_norm import ShortGroupNorm
 
 
@@ -62,8 +63,9 @@ class BlockPair(nn.Module):
         super().__init__()
         self.first, self.second = first, second
 
-    def forward(self, x: Tensor, first_film: Tensor, second_film: Tensor) -> Tensor:
-        return self.second(self.first(x, first_film), second_film)
+    def forward(self, x: Tensor, first_film: Tensor, second_film: Tensor, between: Tensor | None = None) -> Tensor:
+        h = self.first(x, first_film)
+        return self.second(h if between is None else h + between, second_film)
 
 
 class ConditionalUnet1d(Denoiser):
@@ -80,6 +82,7 @@ class ConditionalUnet1d(Denoiser):
         kernel_size: kernel of the convolutions, odd.
         n_groups: groups of the normalisation; divides every channel number.
         step_embed_dim: length of the noise-level embedding.
+        prefix: it can be shown known actions.
     """
 
     def __init__(
@@ -90,8 +93,10 @@ class ConditionalUnet1d(Denoiser):
         kernel_size: int = 5,
         n_groups: int = 8,
         step_embed_dim: int = 256,
+        prefix: bool = False,
     ) -> None:
         super().__init__()
+        self.action_dim = action_dim
 
         def block(dim_in: int, dim_out: int) -> FilmResidualBlock:
             return FilmResidualBlock(dim_in, dim_out, kernel_size, n_groups)
@@ -115,6 +120,8 @@ class ConditionalUnet1d(Denoiser):
         self._film_dims = [m.film_dim for m in self.modules() if isinstance(m, FilmResidualBlock)]
         self.film_step = nn.Sequential(nn.Mish(), nn.Linear(step_embed_dim, sum(self._film_dims)))
         self.film_cond = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, sum(self._film_dims), bias=False))
+        channels, padding = action_dim + 1, kernel_size // 2
+        self.known = nn.Conv1d(channels, down_dims[0], kernel_size, padding=padding, bias=False) if prefix else None
 
     def condition(self, context: Context) -> Conditioning:
         """The context's part (B, M) of the modulation of all blocks."""
@@ -126,10 +133,12 @@ class ConditionalUnet1d(Denoiser):
 
     def forward(self, x: Tensor, noise: Tensor, cond: Conditioning) -> Tensor:
         films = iter((cond[0] + noise).split(self._film_dims, dim=1))
+        x, marks = split_marks(x, self.action_dim)
+        known = None if self.known is None or marks is None else self.known(marks.transpose(1, 2))
         h = x.transpose(1, 2)
         skips = []
         for level, pair in enumerate(self.down):
-            h = pair(h, next(films), next(films))
+            h = pair(h, next(films), next(films), known if level == 0 else None)
             skips.append(h)
             if level < len(self.downsample):
                 h = self.downsample[level](h)

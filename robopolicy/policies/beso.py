@@ -85,6 +85,7 @@ class Beso(DenoisingPolicy):
             heads=config.heads,
             feed_forward=lambda: Mlp(config.dim, config.mlp_ratio * config.dim),
             noise_embedding=LinearNoiseEmbedding(config.dim),
+            prefix=config.prefix_steps > 0,
         )
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:

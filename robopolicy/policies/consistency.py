@@ -7,8 +7,9 @@ teacher as a consistency model (iCT, Song & Dhariwal 2024; easy consistency tuni
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from robopolicy.diffusion.edm import EdmConfig
 from robopolicy.diffusion.process import SamplerConfig
 from robopolicy.errors import UserError
 from robopolicy.nets.denoiser import Conditioning
+from robopolicy.nets.prefix import Prefix
 from robopolicy.nets.unet1d import ConditionalUnet1d
 from robopolicy.policies.base import Draws
 from robopolicy.policies.denoising import DenoisingPolicy
@@ -109,6 +111,7 @@ class ConsistencyPolicy(DenoisingPolicy):
             kernel_size=config.kernel_size,
             n_groups=config.n_groups,
             step_embed_dim=config.step_embed_dim,
+            prefix=config.prefix_steps > 0,
         )
         self._teacher: tuple[DiffusionUnet, ...] = ()  # in a tuple: no module of this one, so not trained and not saved
 
@@ -166,12 +169,12 @@ class ConsistencyPolicy(DenoisingPolicy):
         The pseudo-Huber distance has the weight ``t / (t - u)``: within a stage of the schedule all levels count the
         same. With iCT's ``1 / (t - u)`` high levels, where sampling starts, hardly count.
         """
-        t, u, noise = draws["t"], draws["u"], draws["noise"]
+        t, u, noise, prefix = draws["t"], draws["u"], draws["noise"], self.prefix(clean, draws)
         end = torch.full_like(t, self.process.config.sigma_min)
-        jumped = self.jump(self.process.add_noise(clean, noise, t), t, end, cond)
+        jumped = self.jump(self.process.add_noise(clean, noise, t), t, end, cond, prefix=prefix)
         with torch.no_grad():
-            wanted = self.jump(self.process.add_noise(clean, noise, u), u, end, cond)
-        return (pseudo_huber(jumped, wanted) * t / (t - u)).mean()
+            wanted = self.jump(self.process.add_noise(clean, noise, u), u, end, cond, prefix=prefix)
+        return (_distance(jumped, wanted, prefix) * t / (t - u)).mean()
 
     def distillation_loss(self, clean: Tensor, cond: Conditioning, teacher_cond: Conditioning, draws: Draws) -> Tensor:
         """CTM's loss, and denoising score matching.
@@ -180,31 +183,56 @@ class ConsistencyPolicy(DenoisingPolicy):
         the lowest level and compared there. The target and the continuation use the present weights (target decay 0,
         as in iCT); the gradient passes through the continuation without reaching its weights. Score matching is of
         g(x, t, t), as in CTM: of G(x, t, sigma_min), as the release has it, would draw jumps to the mean of the data.
+
+        All networks, the teacher's too, are shown the same known actions, which count in neither loss. On the way x has
+        no meaning there: no network looks at it.
         """
+        prefix = self.prefix(clean, draws)
+        estimate_at = _shown(self.estimate, prefix and prefix.twice())
         t, u, s, dsm_t = draws["t"], draws["u"], draws["s"], draws["dsm_t"]
         end = torch.full_like(t, self.process.config.sigma_min)
         fixed = tuple(c.detach() for c in cond)
         x = self.process.add_noise(clean, draws["noise"], t)
         noised = self.process.add_noise(clean, draws["dsm_noise"], dsm_t)
-        estimates = self.estimate(  # one call for both losses is faster than two
+        estimates = estimate_at(  # one call for both losses is faster than two
             torch.cat([x, noised]), torch.cat([t, dsm_t]), torch.cat([s, dsm_t]), tuple(c.repeat(2, 1) for c in cond)
         )
         estimate, denoised = estimates.chunk(2)
-        jumped = self.jump(self.process.jump(estimate, x, t, s), s, end, fixed, frozen=True)
+        jumped = self.jump(self.process.jump(estimate, x, t, s), s, end, fixed, frozen=True, prefix=prefix)
         with torch.no_grad():
-            stepped = heun_step(lambda x, t: self._taught(x, t, teacher_cond), x, t, u)
-            wanted = self.jump(self.jump(stepped, u, s, fixed), s, end, fixed)
-        error = self.process.denoising_weight(dsm_t) * (denoised - clean).square().mean((1, 2))
-        return (pseudo_huber(jumped, wanted) + self.config.dsm_weight * error).mean()
+            stepped = heun_step(lambda x, t: self._taught(x, t, teacher_cond, prefix), x, t, u)
+            wanted = self.jump(self.jump(stepped, u, s, fixed, prefix=prefix), s, end, fixed, prefix=prefix)
+        squared = (denoised - clean).square()
+        squared = squared.mean((1, 2)) if prefix is None else prefix.mean(squared)
+        error = self.process.denoising_weight(dsm_t) * squared
+        return (_distance(jumped, wanted, prefix) + self.config.dsm_weight * error).mean()
 
-    def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Conditioning, frozen: bool = False) -> Tensor:
+    def jump(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Conditioning,
+        frozen: bool = False,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
         """G(x, t, s): x (B, H, A) at levels t (B,) moved to levels s (B,); see `estimate`."""
-        return self.process.jump(self.estimate(x, t, s, cond, frozen), x, t, s)
+        return self.process.jump(_shown(self.estimate, prefix)(x, t, s, cond, frozen), x, t, s)
 
-    def estimate(self, x: Tensor, t: Tensor, s: Tensor, cond: Conditioning, frozen: bool = False) -> Tensor:
+    def estimate(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Conditioning,
+        frozen: bool = False,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
         """g(x, t, s), (B, H, A); frozen: the gradient reaches x, but not the weights."""
         noise = self.denoiser.embed(self.process.network_level(t), self.process.network_level(s))
         seen = self.process.network_input(x, t)
+        if prefix is not None:
+            seen = prefix.shown(seen)
         if frozen:
             weights = {name: weight.detach() for name, weight in self.denoiser.named_parameters()}
             prediction = functional_call(self.denoiser, weights, (seen, noise.detach(), cond))
@@ -212,7 +240,18 @@ class ConsistencyPolicy(DenoisingPolicy):
             prediction = self.denoiser(seen, noise, cond)
         return self.process.estimate(prediction.float(), x, t)
 
-    def _taught(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def _taught(self, x: Tensor, t: Tensor, cond: Conditioning, prefix: Prefix | None) -> Tensor:
         """The teacher's clean-sample estimate (B, H, A) at x (B, H, A), t (B,)."""
         teacher = self._teacher[0]
-        return teacher.clean(x, t, teacher.denoiser.embed(teacher.process.network_level(t)), cond)
+        noise = teacher.denoiser.embed(teacher.process.network_level(t))
+        return _shown(teacher.clean, prefix)(x, t, noise, cond)
+
+
+def _shown(network: Callable[..., Tensor], prefix: Prefix | None) -> Callable[..., Tensor]:
+    """The network, which is shown what is known."""
+    return network if prefix is None else partial(network, prefix=prefix)
+
+
+def _distance(a: Tensor, b: Tensor, prefix: Prefix | None) -> Tensor:
+    """`pseudo_huber` of chunks (B, H, A) without what is known, (B,)."""
+    return pseudo_huber(a, b) if prefix is None else pseudo_huber(prefix.without(a), prefix.without(b))

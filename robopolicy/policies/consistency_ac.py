@@ -24,6 +24,7 @@ from robopolicy.diffusion.sampling import Generators, Steps, draw_noise, repeate
 from robopolicy.errors import UserError
 from robopolicy.nets.context import Context
 from robopolicy.nets.mlp import ChunkMlp
+from robopolicy.nets.prefix import Prefix
 from robopolicy.policies.base import Draws, ExportGraph
 from robopolicy.policies.denoising import DenoisingConfig, DenoisingPolicy
 from robopolicy.spec import PolicySpec
@@ -171,7 +172,8 @@ class ConsistencyAc(DenoisingPolicy):
         super().__init__(config, spec, normalizer)
         self.process = BoundaryProcess(config.process, config.sampling_levels)
         context_dim, action_dim = self.encoder.size.flat, spec.action.dim
-        self.denoiser = ChunkMlp((spec.horizon, action_dim), context_dim, config.hidden_dims, config.step_embed_dim)
+        chunk, prefix = (spec.horizon, action_dim), config.prefix_steps > 0
+        self.denoiser = ChunkMlp(chunk, context_dim, config.hidden_dims, config.step_embed_dim, prefix)
         self.critic = TwinCritic(context_dim, spec.n_action_steps * action_dim, config.hidden_dims)
         self.critic.requires_grad_(False)  # the actor-critic trains it; consistency training alone does not
         self.training_progress = 1.0  # outside of training, losses are taken on the finest levels
@@ -180,7 +182,7 @@ class ConsistencyAc(DenoisingPolicy):
         shape = (batch_size, self.spec.horizon, self.spec.action.dim)
         noise = torch.randn(shape, generator=generator)
         t, u = self.process.draw_neighbours(batch_size, self.training_progress, self.config.levels, generator)
-        return {"noise": noise, "t": t, "u": u}
+        return {"noise": noise, "t": t, "u": u} | self.draw_prefix(batch_size, generator)
 
     def loss(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         """Consistency training (Song et al. 2023, algorithm 3) with the present weights as target (iCT, 2024)."""
@@ -195,15 +197,18 @@ class ConsistencyAc(DenoisingPolicy):
             target: the policy whose f is the target, without gradient.
         """
         clean = self.normalizer[self.spec.action.key].normalize(batch[self.spec.action.key])
-        context, t, u = self.encoder(self.normalized(batch)), draws["t"], draws["u"]
-        estimate = self.clean_at(self.process.add_noise(clean, draws["noise"], t), t, context)
+        context, t, u, prefix = self.encoder(self.normalized(batch)), draws["t"], draws["u"], self.prefix(clean, draws)
+        estimate = self.clean_at(self.process.add_noise(clean, draws["noise"], t), t, context, prefix)
         with torch.no_grad():
-            wanted = target.clean_at(self.process.add_noise(clean, draws["noise"], u), u, context)
-        return (LOSS_SCALE / (t - u) * (estimate - wanted).square().mean(dim=(1, 2))).mean()
+            wanted = target.clean_at(self.process.add_noise(clean, draws["noise"], u), u, context, prefix)
+        squared = (estimate - wanted).square()
+        squared = squared.mean(dim=(1, 2)) if prefix is None else prefix.mean(squared)
+        return (LOSS_SCALE / (t - u) * squared).mean()
 
-    def clean_at(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+    def clean_at(self, x: Tensor, t: Tensor, context: Context, prefix: Prefix | None = None) -> Tensor:
         """f at x (B, H, A) and each row's level t (B,)."""
-        return self.clean(x, t, self.denoiser.embed(self.process.network_level(t)), self.denoiser.condition(context))
+        noise = self.denoiser.embed(self.process.network_level(t))
+        return self.clean(x, t, noise, self.denoiser.condition(context), prefix)
 
     def propose(
         self, context: Context, generators: Generators, guides: Sequence[Guide] = (), recurrence: int = 1

@@ -22,6 +22,7 @@ from robopolicy.nets.context import Context
 from robopolicy.nets.denoiser import Conditioning, Denoiser
 from robopolicy.nets.language import LanguageConfig
 from robopolicy.nets.observation import ImageEncoderConfig, ObservationEncoder
+from robopolicy.nets.prefix import Prefix, known_actions
 from robopolicy.policies.base import Draws, ExportGraph, Policy
 from robopolicy.policies.graphs import DenoiserGraph, EncoderGraph, SamplerGraph, encoder_keys, encoder_outputs
 from robopolicy.spec import PolicySpec
@@ -39,6 +40,9 @@ class DenoisingConfig:
         augmentation: image augmentation; its crop applies at inference too.
         goal_dropout: share of the training samples that are not told goal and instruction, each sample as a whole;
             above 0 for classifier-free guidance.
+        prefix_steps: largest number of committed actions that the policy learns to continue, for real-time chunking,
+            in control steps; see `robopolicy.nets.prefix`. In training each sample knows 0 to so many of its actions,
+            all as likely, and learns the others. 0: it is never shown any.
     """
 
     process: ProcessConfig = field(default_factory=DdpmConfig)
@@ -47,10 +51,13 @@ class DenoisingConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     augmentation: AugmentConfig = field(default_factory=AugmentConfig)
     goal_dropout: float = 0.0
+    prefix_steps: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.goal_dropout < 1:
             raise UserError(f"goal_dropout={self.goal_dropout} must lie at 0 or above and below 1.")
+        if self.prefix_steps < 0:
+            raise UserError(f"prefix_steps={self.prefix_steps} must be at least 0.")
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,24 @@ class Noised:
     """A training batch at its noise levels, as the network sees it.
 
     Attributes:
-        x: (B, H, A) network input.
+        x: (B, H, A) network input, see `Denoiser.forward`.
         level: (B,) network level.
         cond: the conditioning, B rows.
         target: (B, H, A) what to predict.
+        prefix: the actions that are known; None: none are.
     """
 
     x: Tensor
     level: Tensor
     cond: Conditioning
     target: Tensor
+    prefix: Prefix | None = None
+
+    def error(self, prediction: Tensor) -> Tensor:
+        """Mean squared error of a prediction (B, H, A); known actions do not count, and all samples count the same."""
+        if self.prefix is None:
+            return nn.functional.mse_loss(prediction.float(), self.target)
+        return self.prefix.mean((prediction.float() - self.target).square()).mean()
 
 
 class DenoisingPolicy(Policy):
@@ -80,12 +95,20 @@ class DenoisingPolicy(Policy):
         config: architecture.
         spec: keys and horizons.
         normalizer: fitted normalisers of the states and the action.
+
+    Raises:
+        UserError: of the chunk nothing is left after the longest prefix.
     """
 
     denoiser: Denoiser
 
     def __init__(self, config: Any, spec: PolicySpec, normalizer: Normalizer) -> None:
         super().__init__(spec, normalizer)
+        if config.prefix_steps > (longest := spec.horizon - spec.n_obs_steps):
+            raise UserError(
+                f"prefix_steps={config.prefix_steps} must lie in 0..{longest} (horizon {spec.horizon} - n_obs_steps "
+                f"{spec.n_obs_steps}), so that something is left to predict."
+            )
         self.config = config
         self.process = build_process(config.process)
         self.sampler: SamplerConfig = config.sampler
@@ -116,24 +139,36 @@ class DenoisingPolicy(Policy):
             draws["augmentation"] = draw_augmentation(batch_size, generator)
         if self.asked:
             draws["told"] = torch.rand(batch_size, generator=generator) >= self.config.goal_dropout
-        return draws
+        return draws | self.draw_prefix(batch_size, generator)
+
+    def draw_prefix(self, batch_size: int, generator: torch.Generator) -> Draws:
+        """How many actions each sample knows (B,), for policies with a prefix."""
+        if not self.config.prefix_steps:
+            return {}
+        return {"prefix": torch.randint(0, self.config.prefix_steps + 1, (batch_size,), generator=generator)}
+
+    def prefix(self, clean: Tensor, draws: Draws) -> Prefix | None:
+        """What is known of normalised chunks (B, H, A) of the data."""
+        return Prefix(clean, known_actions(self.spec, draws["prefix"])) if "prefix" in draws else None
 
     def noised(self, batch: Mapping[str, Tensor], draws: Draws) -> Noised:
         """Normalise, encode and noise a batch of windows in physical units."""
         clean = self.normalizer[self.spec.action.key].normalize(batch[self.spec.action.key], self.domain(batch))
         context = self.encoder(self.normalized(batch), draws.get("augmentation"), draws.get("told"))
-        t, noise = draws["t"], draws["noise"]
+        t, noise, prefix = draws["t"], draws["noise"], self.prefix(clean, draws)
+        x = self.process.network_input(self.process.add_noise(clean, noise, t), t)
         return Noised(
-            self.process.network_input(self.process.add_noise(clean, noise, t), t),
+            x if prefix is None else prefix.shown(x),
             self.process.network_level(t),
             self.denoiser.condition(context),
             self.process.target(clean, noise, t),
+            prefix,
         )
 
     def loss(self, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
         seen = self.noised(batch, draws)
         prediction = self.denoiser(seen.x, self.denoiser.embed(seen.level), seen.cond)
-        return nn.functional.mse_loss(prediction.float(), seen.target)
+        return seen.error(prediction)
 
     def check_sampler(self, sampler: SamplerConfig) -> None:
         self.process.solver(sampler)
@@ -205,9 +240,10 @@ class DenoisingPolicy(Policy):
         estimate = plain if weight == 1 else guided
         return Steps(self.process, solver, estimate, self.normalizer[self.spec.action.key].bounds(domain))
 
-    def clean(self, x: Tensor, t: Tensor, noise: Any, cond: Conditioning) -> Tensor:
-        """The clean-sample estimate at x (B, H, A) and one level t (1,) for all rows."""
-        prediction = self.denoiser(self.process.network_input(x, t), noise, cond)
+    def clean(self, x: Tensor, t: Tensor, noise: Any, cond: Conditioning, prefix: Prefix | None = None) -> Tensor:
+        """The clean-sample estimate at x (B, H, A) and one level t (1,) for all rows; of known actions, anything."""
+        seen = self.process.network_input(x, t)
+        prediction = self.denoiser(seen if prefix is None else prefix.shown(seen), noise, cond)
         return self.process.clean_estimate(prediction.float(), x, t)
 
     def export_graphs(

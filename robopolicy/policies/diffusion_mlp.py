@@ -57,4 +57,5 @@ class DiffusionMlp(DenoisingPolicy):
             config.blocks,
             config.expansion,
             config.step_embed_dim,
+            config.prefix_steps > 0,
         )

@@ -55,4 +55,5 @@ class DiffusionTransformerPolicy(DenoisingPolicy):
             layers=config.layers,
             heads=config.heads,
             hidden=config.mlp_ratio * config.dim,
+            prefix=config.prefix_steps > 0,
         )

@@ -50,6 +50,7 @@ class DiffusionUnet(DenoisingPolicy):
             config.kernel_size,
             config.n_groups,
             config.step_embed_dim,
+            config.prefix_steps > 0,
         )
 
 

@@ -4,7 +4,9 @@ The encoder runs once per observation, preprocessing included. The sampler is th
 physical units, with the solver's steps as constants; `SamplerStep` is one of its network calls, for graphs that loop.
 The denoiser alone is for guidance from outside. Soft-mask real-time chunking is part of the sampler: every clean
 estimate becomes ``(1 - mask) clean + mask previous``, the projection that real-time chunking (Black et al. 2025) with
-an identity Jacobian amounts to; a mask of zeros samples freely.
+an identity Jacobian amounts to; a mask of zeros samples freely. Policies that were trained with a prefix are shown the
+actions whose mask is exactly 1, as far as they have learned to continue them (`robopolicy.nets.prefix`), and give every
+action whose mask is exactly 1 back as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from robopolicy.diffusion.step_table import step_table
 from robopolicy.errors import UserError
 from robopolicy.nets.denoiser import Conditioning, Denoiser
 from robopolicy.nets.experts import RoutedNoise
+from robopolicy.nets.prefix import Prefix, known_actions
 from robopolicy.spec import TASK
 
 if TYPE_CHECKING:
@@ -95,6 +98,8 @@ class SamplerStep(nn.Module):
         dtype: in which the denoiser computes; the steps are float32.
     """
 
+    may_know: Tensor
+
     def __init__(self, policy: DenoisingPolicy, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         if (policy.sampler.guidance_threshold or 2.0) <= 1:
@@ -104,6 +109,9 @@ class SamplerStep(nn.Module):
             )
         self.network = Network(policy.denoiser, dtype)
         self.guidance = policy.sampler.guidance
+        self.prefix_steps = policy.config.prefix_steps
+        longest = known_actions(policy.spec, torch.tensor([self.prefix_steps], device=policy.device))
+        self.register_buffer("may_know", longest, persistent=False)
 
     def forward(
         self,
@@ -129,9 +137,12 @@ class SamplerStep(nn.Module):
             cond: the conditioning, twice as long with guidance.
         """
         scale, skip, out, *steps = row
-        estimate = skip * x + out * self._predict(scale * x, noise, cond)
-        clean = estimate.clamp(*bounds)
         previous, mask = target
+        seen = scale * x
+        if self.prefix_steps:
+            seen = Prefix(previous, (mask == 1) & self.may_know).shown(seen)
+        estimate = skip * x + out * self._predict(seen, noise, cond)
+        clean = estimate.clamp(*bounds)
         clean = clean + mask * (previous - clean)
         terms = [(steps[0], x), (steps[1], clean), (steps[2], before[0]), (steps[3], before[1])]
         if z is not None:
@@ -193,7 +204,8 @@ class SamplerGraph(nn.Module):
             z = noise[:, drawn] if drawn else None
             after, clean = self.step(x, before, z, row, self._level(i), target, action.bounds, cond)
             x, before = after, (x, clean)
-        return action.unnormalize(x)
+        chunk = action.unnormalize(x)
+        return torch.where(mask.unsqueeze(-1) == 1, previous, chunk) if self.step.prefix_steps else chunk
 
 
 class LoopedStep(nn.Module):

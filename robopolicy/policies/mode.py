@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robopolicy.data.normalize import Normalizer
 from robopolicy.diffusion.edm import EdmConfig
@@ -99,6 +99,7 @@ class Mode(DenoisingPolicy):
             hidden=config.expert_hidden,
             shared_expert=config.shared_expert,
             route_on_goal=config.route_on_goal,
+            prefix=config.prefix_steps > 0,
         )
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
@@ -118,5 +119,4 @@ class Mode(DenoisingPolicy):
         embedding = self.denoiser.embed(seen.level)
         routes = self.denoiser.route(embedding, cond, draws["gumbel"])
         prediction = self.denoiser(seen.x, RoutedNoise(embedding, routes.by_layer()), cond)
-        error = nn.functional.mse_loss(prediction.float(), seen.target)
-        return error + self.config.load_balance * routes.load_balance()
+        return seen.error(prediction) + self.config.load_balance * routes.load_balance()

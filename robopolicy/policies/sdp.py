@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robopolicy.data.augment import AugmentConfig
 from robopolicy.data.normalize import Normalizer
@@ -97,6 +97,7 @@ class Sdp(DenoisingPolicy):
             experts=config.experts,
             router_experts=config.router_experts or (config.experts,) * tasks,
             top_k=config.top_k,
+            prefix=config.prefix_steps > 0,
         )
 
     @property
@@ -133,7 +134,7 @@ class Sdp(DenoisingPolicy):
         """
         seen = self.noised(batch, draws)
         prediction, routed = self.denoiser.denoise(seen.x, self.denoiser.embed(seen.level), seen.cond)
-        loss = nn.functional.mse_loss(prediction.float(), seen.target)
+        loss = seen.error(prediction)
         if not self.training or self.config.information_weight == 0:
             return loss
         usage = mean_usage(routed, self.config.experts)

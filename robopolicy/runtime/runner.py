@@ -35,14 +35,15 @@ class RunnerSettings:
 
     Attributes:
         seed: of the noise; request ``i`` uses ``seed + i``.
-        lookahead: seconds ahead at which the plan is aimed at; longer is smoother and cuts corners.
+        lookahead: seconds ahead at which the plan is aimed at; longer is smoother and cuts corners. At least four
+            command periods.
         resume_after_intervention: the policy goes on when a person lets go; otherwise the robot holds until it is
             started again.
         intervention_timeout: seconds without a target of the person after which they have let go.
     """
 
     seed: int = 0
-    lookahead: float = 0.08
+    lookahead: float = 0.1
     resume_after_intervention: bool = False
     intervention_timeout: float = 0.25
 
@@ -169,7 +170,7 @@ class Runner:
         self._ramp_from = np.zeros(len(contract.action.names))
         self._cut_short = False
         self._wanted_since: int | None = None
-        self._ramp_began = self._last_chunk = self._last_trajectory = 0
+        self._ramp_began = self._last_chunk = self._last_trajectory = self._commanded_at = 0
 
     # What comes in.
 
@@ -274,7 +275,8 @@ class Runner:
                 self._handle(Event.AT_REST)
         else:
             return None
-        return Command(now + nanoseconds(self.period), point.position, point.velocity, point.acceleration)
+        self._commanded_at = now + nanoseconds(self.period)
+        return Command(self._commanded_at, point.position, point.velocity, point.acceleration)
 
     def think(self) -> None:
         """Send the newest observation to the policy, if a chunk is due; resizing images may take milliseconds."""
@@ -286,7 +288,7 @@ class Runner:
         now = self.clock.now()
         self.trajectory_due, self._last_trajectory = False, now
         plan, duration = self._aim(now)
-        return self.filter.preview(plan, now, duration, _SPACING, self.settings.lookahead)
+        return self.filter.preview(plan, self._commanded_at, duration, _SPACING, self.settings.lookahead)
 
     def status(self) -> Status:
         """What the runner is doing."""
@@ -572,7 +574,7 @@ class Runner:
         before = self.machine.state
         done = self.machine.handle(event, reason)
         if done and self.machine.state is not before:
-            log.info("%s -> %s %s", before.value, self.machine.state.value, reason)
+            log.debug("%s -> %s %s", before.value, self.machine.state.value, reason)
             self._epoch += 1
             self.trajectory_due = self.machine.state in (State.STOPPING, State.INTERVENTION)
         return done

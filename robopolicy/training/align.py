@@ -146,12 +146,14 @@ class EdpLoss(nn.Module):
         policy, t = self.policy, draws["t"]
         seen = policy.noised(batch, draws)
         prediction = policy.denoiser(seen.x, policy.denoiser.embed(seen.level), seen.cond).float()
-        cloned = nn.functional.mse_loss(prediction, seen.target)
+        cloned = seen.error(prediction)
         if self.config.eta == 0:
             return cloned
         action, domain = policy.normalizer[policy.spec.action.key], policy.domain(batch)
         x = policy.process.add_noise(action.normalize(batch[policy.spec.action.key], domain), draws["noise"], t)
         estimate = policy.process.clean_estimate(prediction, x, t).clamp(*action.bounds(domain))
+        if seen.prefix is not None:
+            estimate = torch.where(seen.prefix.known, seen.prefix.actions, estimate)
         values = self.judge.values(batch, action.unnormalize(estimate, domain)[:, None])
         return cloned + self.config.eta * value_loss(values[:, 0])
 

@@ -1,0 +1,130 @@
+"""Records demonstrations of the simulated robot's scripted expert, unattended.
+
+``sim_robot_node`` and ``recorder_node`` must run; everything passes through their topics and services, as with a
+person who teleoperates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from robopolicy.errors import UserError
+from robopolicy_ros.client import Client
+
+_LAST_ROWS = 0.2  # s until the rows around the end of an episode are complete
+_BEGIN = 15.0  # s within which a demonstration must begin
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Outcome: episodes that were played, that succeeded, and that are in the dataset."""
+
+    played: int
+    succeeded: int
+    stored: int
+
+
+def collect(
+    client: Client,
+    demonstrations: int,
+    *,
+    sim: str = "/sim_robot",
+    recorder: str = "/recorder",
+    settle: float = 0.3,
+    keep_failures: bool = False,
+    timeout: float = 60.0,
+    progress: bool = False,
+) -> Collection:
+    """Play and record episodes.
+
+    Args:
+        demonstrations: to play; those that succeed are stored.
+        sim, recorder: full names of the nodes.
+        settle: seconds between a reset and the recording.
+        keep_failures: store episodes that failed, too, marked as such.
+        timeout: seconds that one episode may take.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: a node is not there, refuses, or falls silent.
+    """
+    client.watch(f"{sim}/episode")
+    client.watch(f"{recorder}/state")
+    client.set_parameter(recorder, "behaviour", "scripted")
+    succeeded = stored = 0
+    with tqdm(range(demonstrations), unit="episode", disable=not progress) as bar:
+        for played in bar:
+            seed = json.loads(client.trigger(f"{sim}/reset"))["seed"]
+            client.wait(settle)
+            success = _play(client, sim, recorder, seed, timeout)
+            succeeded += success
+            client.wait(_LAST_ROWS)
+            stored += _store(client, recorder, success, keep_failures)
+            bar.set_postfix_str(f"success {succeeded / (played + 1):.1%}")
+    return Collection(demonstrations, succeeded, stored)
+
+
+def _play(client: Client, sim: str, recorder: str, seed: int, timeout: float) -> bool:
+    episode = f"{sim}/episode"
+    task = client.said(episode).get("task", "")
+    if task:
+        client.set_parameter(recorder, "task", task)
+    client.trigger(f"{recorder}/start")
+    client.trigger(f"{sim}/demonstrate")
+
+    def here() -> bool:
+        return client.said(episode).get("seed") == seed
+
+    def begun() -> bool:  # of latched messages in quick succession only the last one may arrive
+        return here() and (client.said(episode)["demonstrating"] or client.said(episode)["over"])
+
+    if not client.wait_for(begun, _BEGIN):
+        raise UserError(f"{sim} does not begin the demonstration; it says {dict(client.said(episode))}.")
+    if not client.wait_for(lambda: here() and client.said(episode)["over"], timeout):
+        raise UserError(f"The episode of seed {seed} is not over after {timeout:g} s.")
+    return bool(client.said(episode)["success"])
+
+
+def _store(client: Client, recorder: str, success: bool, keep_failures: bool) -> bool:
+    """Store or discard the episode; one that the recorder had to stop is discarded."""
+    stopped = client.said(f"{recorder}/state").get("state") == "stopped"
+    if stopped or not (success or keep_failures):
+        client.trigger(f"{recorder}/discard")
+        return False
+    client.trigger(f"{recorder}/{'success' if success else 'failure'}")
+    return True
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Command line of the collection."""
+    parser = argparse.ArgumentParser(prog="python -m robopolicy_ros.collect", description=__doc__)
+    parser.add_argument("--demonstrations", type=int, required=True, help="episodes to play")
+    parser.add_argument("--sim", default="/sim_robot", help="full name of the simulated robot's node")
+    parser.add_argument("--recorder", default="/recorder", help="full name of the recorder's node")
+    parser.add_argument("--settle", type=float, default=0.3, help="seconds between a reset and the recording")
+    parser.add_argument("--keep-failures", action="store_true", help="store failed episodes too, marked as such")
+    chosen = parser.parse_args(args)
+    try:
+        with Client("collect") as client:
+            done = collect(
+                client,
+                chosen.demonstrations,
+                sim=chosen.sim,
+                recorder=chosen.recorder,
+                settle=chosen.settle,
+                keep_failures=chosen.keep_failures,
+                progress=True,
+            )
+    except UserError as error:
+        parser.exit(1, f"{error}\n")
+    print(f"{done.played} played, {done.succeeded} succeeded, {done.stored} stored")
+    return 0 if done.stored else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
