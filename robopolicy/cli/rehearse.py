@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Settings:
     command_rate: float
     lookahead: float
     motion: MotionSettings
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
     engine: str | None = None
     allow_native_code: bool = False
     environment: str | None = None
@@ -76,7 +76,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.episodes < 1 or not self.schedulers or not self.delays:
             raise UserError("Give at least one episode, one scheduler and one delay.")
-        for name in self.settings:
+        for name in self.settings or {}:
             if name not in self.schedulers:
                 raise UserError(f"settings.{name}: this scheduler is not among schedulers={list(self.schedulers)}.")
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
     bundle = Path(settings.bundle).resolve()
     environment, options = _place(settings, read_manifest(bundle)["task"])
-    schedulers = [scheduler_settings(name, settings.settings.get(name, {})) for name in settings.schedulers]
+    schedulers = [scheduler_settings(name, (settings.settings or {}).get(name, {})) for name in settings.schedulers]
     out = Path(settings.out) if settings.out else bundle.parent.parent / "rehearsal"
     out.mkdir(parents=True, exist_ok=True)
     policy = open_policy(

@@ -1,7 +1,7 @@
 """Records demonstrations of the simulated robot's scripted expert, unattended.
 
-``sim_robot_node`` and ``recorder_node`` must run; everything passes through their topics and services, as with a
-person who teleoperates.
+Everything passes through the topics and services of ``sim_robot_node`` and ``recorder_node``, as with a person who
+teleoperates. With --robot and --dataset both are started here; otherwise they must run.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from robopolicy.errors import UserError
 from robopolicy_ros.client import Client
+from robopolicy_ros.local_nodes import local_nodes
 
 _LAST_ROWS = 0.2  # s until the rows around the end of an episode are complete
 _BEGIN = 15.0  # s within which a demonstration must begin
@@ -104,13 +106,23 @@ def main(args: Sequence[str] | None = None) -> int:
     """Command line of the collection."""
     parser = argparse.ArgumentParser(prog="python -m robopolicy_ros.collect", description=__doc__)
     parser.add_argument("--demonstrations", type=int, required=True, help="episodes to play")
+    parser.add_argument("--robot", help="folder of the simulated robot's contract; starts the nodes")
+    parser.add_argument("--dataset", help="the new dataset, a Zarr folder; with --robot")
+    parser.add_argument("--task", default="drawer_close", help="simulated task; with --robot, default drawer_close")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the first start; with --robot, default 0")
     parser.add_argument("--sim", default="/sim_robot", help="full name of the simulated robot's node")
     parser.add_argument("--recorder", default="/recorder", help="full name of the recorder's node")
     parser.add_argument("--settle", type=float, default=0.3, help="seconds between a reset and the recording")
     parser.add_argument("--keep-failures", action="store_true", help="store failed episodes too, marked as such")
     chosen = parser.parse_args(args)
+    if (chosen.robot is None) != (chosen.dataset is None):
+        parser.error("--robot and --dataset belong together; without both, the nodes must run already.")
+    nodes = {
+        "sim_robot_node": {"robot": chosen.robot, "task": chosen.task, "seed": chosen.first_seed},
+        "recorder_node": {"robot": chosen.robot, "dataset": chosen.dataset},
+    }
     try:
-        with Client("collect") as client:
+        with local_nodes(nodes) if chosen.robot else nullcontext(), Client("collect") as client:
             done = collect(
                 client,
                 chosen.demonstrations,

@@ -1,7 +1,7 @@
 """Evaluates a policy on the simulated robot over DDS: reset, start the policy, wait for success or the time limit.
 
-``sim_robot_node`` and ``policy_node`` must run. Seeds are those that are kept for evaluation, as in
-``robopolicy evaluate``, so that both can be compared start by start.
+With --robot and --bundle ``sim_robot_node`` and ``policy_node`` are started here; otherwise they must run. Seeds are
+those that are kept for evaluation, as in ``robopolicy eval``, so that both can be compared start by start.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from tqdm import tqdm
 from robopolicy.errors import UserError
 from robopolicy.evaluation.statistics import wilson
 from robopolicy_ros.client import Client
+from robopolicy_ros.local_nodes import local_nodes
 
 FIRST_SEED = 100_000
 _AT_REST = ("idle", "armed", "holding", "fault")
 _RETRY = 0.2  # s between tries to start: after a reset streams must be fresh again
 _STOP = 10.0  # s within which a policy must come to rest
+_LOADING = 120.0  # s within which a policy must be loaded
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,8 @@ def _start(client: Client, policy: str) -> None:
 def _come_to_rest(client: Client, policy: str) -> None:
     """Stop the policy; a fault is reset, since every episode begins anew."""
     state = f"{policy}/state"
-    if not client.wait_for(lambda: bool(client.said(state)), _STOP):
-        raise UserError(f"{policy} does not tell its state on {state}. Is policy_node running?")
+    if not client.wait_for(lambda: client.said(state).get("state", "unconfigured") != "unconfigured", _LOADING):
+        raise UserError(f"{policy} says {dict(client.said(state))} on {state}. Is policy_node running, and active?")
     if client.said(state)["state"] not in _AT_REST:
         client.try_trigger(f"{policy}/stop")
         if not client.wait_for(lambda: client.said(state)["state"] in _AT_REST, _STOP):
@@ -151,6 +154,11 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=50, help="to play; default 50")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help=f"default {FIRST_SEED}")
     parser.add_argument("--time-limit", type=float, default=10.0, help="seconds of an episode; default 10")
+    parser.add_argument("--robot", help="folder of the simulated robot's contract; starts the nodes")
+    parser.add_argument("--bundle", help="the policy; with --robot")
+    parser.add_argument("--engine", default="", help="of the bundle; with --robot, default its only one, else torch")
+    parser.add_argument("--task", default="drawer_close", help="simulated task; with --robot, default drawer_close")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters of the policy's node")
     parser.add_argument("--sim", default="/sim_robot", help="full name of the simulated robot's node")
     parser.add_argument("--policy", default="/policy", help="full name of the policy's node")
     parser.add_argument("--tell-task", action="store_true", help="tell the policy each episode's instruction")
@@ -158,8 +166,15 @@ def main(args: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(args)
     if chosen.episodes < 1:
         parser.error(f"--episodes={chosen.episodes} must be at least 1.")
+    if (chosen.robot is None) != (chosen.bundle is None):
+        parser.error("--robot and --bundle belong together; without both, the nodes must run already.")
+    policy = {"robot": chosen.robot, "bundle": chosen.bundle, "engine": chosen.engine}
+    nodes = {
+        "sim_robot_node": {"robot": chosen.robot, "task": chosen.task},
+        "policy_node": policy | dict(word.split("=", 1) for word in chosen.set),
+    }
     try:
-        with Client("evaluate") as client:
+        with local_nodes(nodes) if chosen.robot else nullcontext(), Client("evaluate") as client:
             played = evaluate(
                 client,
                 chosen.episodes,

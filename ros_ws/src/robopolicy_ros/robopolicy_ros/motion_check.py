@@ -151,7 +151,7 @@ class SetPointCheck:
         excess = (np.abs(velocity) - bounds.velocity * (1 + slack.share) - noise).max()
         if excess > 0:
             found.add("velocity", f"{excess:.4g} over")
-        if self._velocity is not None:
+        if self._velocity is not None and not late:
             acceleration = (velocity - self._velocity) / self.period
             excess = (np.abs(acceleration) - bounds.acceleration * (1 + slack.share) - 1e-3).max()
             if excess > 0:

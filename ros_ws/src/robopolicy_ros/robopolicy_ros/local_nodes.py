@@ -1,0 +1,63 @@
+"""Nodes as processes of this machine, for the length of a command: what a launch file does, without ``launch``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from robopolicy.errors import UserError
+
+PROFILE = "FASTDDS_DEFAULT_PROFILES_FILE"
+_ENDING = 15.0  # s for a node to come to rest and end
+
+
+@contextmanager
+def local_nodes(nodes: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Run nodes until the block is left; they are interrupted then, as by Ctrl-C.
+
+    Args:
+        nodes: parameters of each, by the name of its module in this package; empty texts are left out.
+
+    Raises:
+        UserError: a node has ended with an error meanwhile.
+    """
+    processes = {name: _start(name, parameters) for name, parameters in nodes.items()}
+    failed: dict[str, int] = {}
+    try:
+        yield
+    finally:
+        failed = {name: code for name, process in processes.items() if (code := process.poll())}
+        for process in reversed(processes.values()):
+            _end(process)
+        if failed:
+            named = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
+            raise UserError(f"Ended by themselves: {named}. What they said is above.")
+
+
+def _start(name: str, parameters: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    given = [word for key, value in parameters.items() if value != "" for word in ("-p", f"{key}:={value}")]
+    command = [sys.executable, "-m", f"robopolicy_ros.{name}", "--ros-args", *given]
+    return subprocess.Popen(command, env=_environment(), start_new_session=True)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with the shipped profile where none is set and the package lies in its source tree."""
+    shipped = Path(__file__).resolve().parents[1] / "config" / "fastdds.xml"
+    return ({PROFILE: str(shipped)} if shipped.is_file() else {}) | os.environ
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_ENDING)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
