@@ -50,6 +50,7 @@ SHORTER = {
     "eval": "episodes=2 videos=0",
     "export": "exporter=torchscript observations=8",
     "bench": "runs=10",
+    "rehearse": "episodes=1 time_limit=2",
     "identify-camera": "",
     "identify": "--steps 60 --workers 1",
     "": "",
@@ -62,7 +63,7 @@ PROMISED = {
         "runs/a/first_batch.png runs/a/checkpoints/last runs/a/bundles/last/bundle.yaml "
         "runs/b/bundles/last/bundle.yaml results/a/report.html results/b/report.html results/comparison.html "
         "runs/drawer/bundles/last/bundle.yaml results/dynamics/report.html results/engine/report.html "
-        "runs/a/bundles/last/engines/openvino-fp32/engine.yaml"
+        "runs/a/bundles/last/engines/openvino-fp32/engine.yaml runs/a/rehearsal/rehearsal.json"
     ),
     "export.md": (
         "runs/a/bundles/last/engines/openvino-fp32/sampler.onnx runs/a/bundles/last/engines/fast/golden.safetensors "

@@ -14,7 +14,7 @@ from robopolicy_sim.experts.push_puck import PushPuckExpert, PushPuckGeometry
 
 @dataclass(frozen=True)
 class PushPuckConfig:
-    """Start ranges and limits in metres, metres per second, control steps; sizes and masses are in the scene file.
+    """Start ranges and limits in metres, metres per second, steps; sizes and masses are in the scene file.
 
     Attributes:
         pusher_range: the pusher starts in a square of this half side about the bench's centre.
@@ -22,7 +22,7 @@ class PushPuckConfig:
         min_travel: smallest distance from the puck's start to the goal.
         min_clearance: smallest gap between the pusher's and the puck's surfaces at the start.
         max_speed: speed limit of the commanded pusher position.
-        dwell_steps: control steps in a row that the puck must spend inside the ring.
+        dwell_steps: steps of 0.1 s in a row that the puck must spend inside the ring.
     """
 
     pusher_range: float = 0.26
@@ -40,10 +40,14 @@ class PushPuckEnv(GantryEnv):
     Action: see `GantryEnv`. State: pusher xy, puck xy, goal xy in metres. Success: the whole puck has been inside
     the ring (its centre within 3 cm of the ring's centre) for ``dwell_steps`` steps, so shooting it through does not
     count.
+
+    Args:
+        config: ranges and limits.
+        control_hz: control steps per second.
+        rendering: see `MujocoTaskEnv`.
     """
 
     scene = "push_puck.xml"
-    control_hz = 10
     instruction = "push the puck into the ring"
     metadata = GantryEnv.metadata | {
         "units": {"observation.state": "m", "action": "m"},
@@ -53,8 +57,9 @@ class PushPuckEnv(GantryEnv):
         },
     }
 
-    def __init__(self, *, config: PushPuckConfig | None = None, **rendering: Any) -> None:
+    def __init__(self, *, config: PushPuckConfig | None = None, control_hz: float = 10, **rendering: Any) -> None:
         self.config = config or PushPuckConfig()
+        self.control_hz = control_hz
         super().__init__(max_speed=self.config.max_speed, **rendering)
         puck, pusher = self.model.geom("puck"), self.model.geom("pusher")
         self.geometry = PushPuckGeometry(
@@ -132,7 +137,7 @@ class PushPuckEnv(GantryEnv):
         self._steps_inside = self._steps_inside + 1 if self._distance() <= self.geometry.tolerance else 0
 
     def _succeeded(self) -> bool:
-        return self._steps_inside >= self.config.dwell_steps
+        return self._steps_inside >= round(self.config.dwell_steps * self.control_hz / 10)
 
     def _progress(self) -> float:
         return float(np.clip(1 - self._distance() / self._start_distance, 0, 1))

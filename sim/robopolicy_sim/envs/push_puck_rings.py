@@ -154,7 +154,7 @@ class PushPuckRingsEnv(PushPuckEnv):
                 continue
             inside = np.linalg.norm(self._puck - centre) <= self.geometry.tolerance
             self._elsewhere[name] = self._elsewhere.get(name, 0) + 1 if inside else 0
-            if self._elsewhere[name] >= self.config.dwell_steps:
+            if self._elsewhere[name] >= round(self.config.dwell_steps * self.control_hz / 10):
                 self._rested_in.add(name)
         if super()._succeeded():
             self._rested_in.add(self._nearest())
