@@ -196,7 +196,7 @@ def record_demonstrations(
 def play_episode(env: Any, seed: int, manner: Manner) -> Episode:
     """Play one episode with the scripted expert."""
     rng = np.random.default_rng((seed, 1))  # a stream of its own: the environment draws from default_rng(seed)
-    disturbance = _disturbances(env.action_space, manner.noise, env.metadata["render_fps"], rng)
+    disturbance = disturbances(env.action_space, manner.noise, env.metadata["render_fps"], rng)
     observation, _ = env.reset(seed=seed)
     expert = make_expert(env, seed, manner.choices(seed))
     steps: list[dict[str, Any]] = []
@@ -334,7 +334,7 @@ def _observation_role(space: Any) -> Literal["image", "state"]:
     return "image" if space.dtype == np.uint8 and len(space.shape) == 3 else "state"
 
 
-def _disturbances(space: Any, noise: float, fps: float, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def disturbances(space: Any, noise: float, fps: float, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Stationary first-order autoregressive Gaussian noise in action units, one array of the action's shape a step."""
     scale = noise * (space.high.astype(np.float64) - space.low) / 2
     if noise > 0 and not np.isfinite(scale).all():

@@ -221,6 +221,8 @@ class Contract:
                 raise UserError(f"streams.{name}.size: images have one, (height, width), and nothing else does.")
             if stream.rate <= 0 or stream.stale_after <= 0 or stream.latency < 0 or stream.depth < 1:
                 raise UserError(f"streams.{name}: rate, stale_after and depth must be positive, latency not negative.")
+        if shared := self.streams.keys() & self.commands.keys():
+            raise UserError(f"streams and commands are both called {', '.join(sorted(shared))}; rename one.")
         for key, observation in self.observations.items():
             self._check_observation(key, observation)
         self._check_commands()

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 STAGES = ("observation", "queue", "inference", "delivery", "total")
 _KEPT_LATENCIES = 200
+_COMMANDING = (State.RUNNING, State.INTERVENTION, State.STOPPING, State.HOLDING)
 _SPACING = 0.02  # s between the points of a trajectory
 
 
@@ -113,7 +114,7 @@ class Runner:
         filter: what every command passes.
         instruction: what to do, for policies with tasks.
         goal: values by key without prefix, for goal-conditioned policies.
-        trajectory_due: the newest plan was not handed out by `preview` yet.
+        trajectory_due: `preview` has news: another plan, a stop, a person's target.
         chunk: the newest that was accepted.
 
     Raises:
@@ -168,9 +169,9 @@ class Runner:
         self._waiting = ""
         self._invalid = self._failures = 0
         self._ramp_from = np.zeros(len(contract.action.names))
-        self._cut_short = False
+        self._cut_short = self._path_sent = False
         self._wanted_since: int | None = None
-        self._ramp_began = self._last_chunk = self._last_trajectory = self._commanded_at = 0
+        self._ramp_began = self._last_chunk = self._last_trajectory = self._commanded_at = self._ticked = 0
 
     # What comes in.
 
@@ -261,21 +262,16 @@ class Runner:
         Returns:
             What to send for the end of the period; None where nothing is to be sent.
         """
-        now = self.clock.now()
+        now = self._ticked = self.clock.now()
         self._watch(now)
         self._collect(now)
         state = self.machine.state
-        if state is State.RUNNING:
-            point = self._follow(now)
-        elif state is State.INTERVENTION:
-            point = self._follow_person(now)
-        elif state in (State.STOPPING, State.HOLDING):
-            point = self.filter.brake()
-            if state is State.STOPPING and self.filter.at_rest:
-                self._handle(Event.AT_REST)
-        else:
+        if state not in _COMMANDING:
             return None
         self._commanded_at = now + nanoseconds(self.period)
+        point = self._advance(state, now)
+        if state is State.STOPPING and self.filter.at_rest and not (self._path_sent and self.trajectory_due):
+            self._handle(Event.AT_REST)
         return Command(self._commanded_at, point.position, point.velocity, point.acceleration)
 
     def think(self) -> None:
@@ -284,9 +280,12 @@ class Runner:
             self._ask(self.clock.now())
 
     def preview(self) -> Trajectory:
-        """The commands to come, ending at rest: what a trajectory controller follows if nothing more arrives."""
-        now = self.clock.now()
-        self.trajectory_due, self._last_trajectory = False, now
+        """The commands to come, ending at rest: what a trajectory controller follows if nothing more arrives.
+
+        From now on `tick` goes where that controller is, by the time, also when the owner is late.
+        """
+        now = self._ticked
+        self.trajectory_due, self._last_trajectory, self._path_sent = False, now, True
         plan, duration = self._aim(now)
         return self.filter.preview(plan, self._commanded_at, duration, _SPACING, self.settings.lookahead)
 
@@ -488,6 +487,17 @@ class Runner:
 
     # Moving.
 
+    def _advance(self, state: State, now: int) -> SetPoint:
+        if self._path_sent:
+            if state is State.INTERVENTION and now - self._last_trajectory >= nanoseconds(1 / self.spec.fps):
+                self.trajectory_due = True
+            return self.filter.follow(self._commanded_at)
+        if state is State.RUNNING:
+            return self._follow(now)
+        if state is State.INTERVENTION:
+            return self._follow_person(now)
+        return self.filter.brake()
+
     def _follow(self, now: int) -> SetPoint:
         """One step along the plan; braking where there is none, or where it has become too old."""
         plan = self._scheduler.plan()
@@ -503,8 +513,6 @@ class Runner:
     def _follow_person(self, now: int) -> SetPoint:
         if self._person is None:
             return self.filter.brake()
-        if now - self._last_trajectory >= nanoseconds(1 / self.contract.policy_rate):
-            self.trajectory_due = True
         return self._step_towards(_Stay(self._person.target), now)
 
     def _step_towards(self, plan: Plan, now: int) -> SetPoint:
@@ -553,6 +561,7 @@ class Runner:
         if measured is None:
             return "Where the robot is cannot be told."
         self.filter.start(measured)
+        self._path_sent = False
         return ""
 
     def _let_go(self, how: str) -> None:

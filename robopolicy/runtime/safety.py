@@ -128,6 +128,8 @@ class SafetyFilter:
                 )
         self._box = ToolBox(contract, limits) if kind == "joint_position" and limits.workspace else None
         self._state: _State | None = None
+        self._path: list[_State] = []
+        self._path_began = self._path_step = 0
 
     def start(self, position: np.ndarray) -> None:
         """Set the commanded state: at rest.
@@ -177,6 +179,17 @@ class SafetyFilter:
         self._state = self._step(self._started(), position, velocity, ahead, self.counts)
         return self._set_point(self._state)
 
+    def follow(self, time: int) -> SetPoint:
+        """Go where the path that `preview` made last is at a time [ns], as the controller that was sent it.
+
+        Successive calls take successive states of the path as long as they are about a period apart.
+        """
+        wanted = (time - self._path_began) / NS / self.period
+        following = self._path_step + 1
+        self._path_step = following if -2 < wanted - following < 1 else max(0, round(wanted))
+        self._state = self._path[min(self._path_step, len(self._path) - 1)]
+        return self._set_point(self._state)
+
     def brake(self) -> SetPoint:
         """One period of the fastest way to rest; exactly at rest at its end."""
         self._state = self._braked(self._started())
@@ -212,6 +225,7 @@ class SafetyFilter:
         times: list[int] = []
         points: list[SetPoint] = []
         steps = 0
+        self._path, self._path_began, self._path_step = [state], now, 0
         while not points or not self._rests(state) or steps * self.period < following:
             for _ in range(every):
                 if steps * self.period < following:
@@ -220,6 +234,7 @@ class SafetyFilter:
                 else:
                     state = self._braked(state)
                 steps += 1
+                self._path.append(state)
             times.append(now + nanoseconds(steps * self.period))
             points.append(self._set_point(state))
         return Trajectory(

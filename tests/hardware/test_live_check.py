@@ -64,7 +64,7 @@ def contract(**joints: Any) -> Contract:
     robot = read_robot("template").contract
     streams = dict(robot.streams)
     streams["joints"] = replace(streams["joints"], rate=20.0, stale_after=1.0, **joints)
-    streams["gripper"] = replace(streams["gripper"], rate=10.0, stale_after=1.0)
+    streams["gripper_state"] = replace(streams["gripper_state"], rate=10.0, stale_after=1.0)
     streams["wrist_camera"] = replace(streams["wrist_camera"], rate=5.0, stale_after=1.5, size=(48, 64))
     return replace(robot, streams=streams)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.ros_domain import domain_environment, own_domain
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "ros_ws" / "src" / "robopolicy_ros"
@@ -15,13 +16,11 @@ BENCH = Path(__file__).parent / "bench_robot"
 
 @pytest.fixture(autouse=True, scope="session")
 def domain() -> Iterator[int]:
-    """A domain of this process and those that it starts, on this machine only."""
-    domain = 1 + os.getpid() % 100
+    """The domain of this process and those that it starts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-        patch.setenv("ROS_DOMAIN_ID", str(domain))
-        patch.setenv("FASTDDS_DEFAULT_PROFILES_FILE", str(PACKAGE / "config" / "fastdds.xml"))
-        yield domain
+        for name, value in domain_environment().items():
+            patch.setenv(name, value)
+        yield own_domain()
 
 
 @pytest.fixture(scope="session")

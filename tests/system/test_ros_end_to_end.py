@@ -15,6 +15,7 @@ import pytest
 
 from robopolicy.cli.main import main
 from robopolicy.data.store import EpisodeStore
+from tests.ros_domain import domain_environment
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed: pip install 'robopolicy[ros]'")
 
@@ -25,11 +26,7 @@ SMALL = "train.steps=30 train.batch_size=32 train.threads=1 train.tensorboard=fa
 
 def tool(name: str, *arguments: str) -> str:
     """Run a tool of robopolicy_ros on a ROS domain of its own; returns what it prints."""
-    environment = os.environ | {
-        "ROS_DOMAIN_ID": str(120 + os.getpid() % 100),
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = os.environ | domain_environment() | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", f"robopolicy_ros.{name}", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -110,6 +110,9 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", help="the new dataset, a Zarr folder; with --robot")
     parser.add_argument("--task", default="drawer_close", help="simulated task; with --robot, default drawer_close")
     parser.add_argument("--first-seed", type=int, default=0, help="of the first start; with --robot, default 0")
+    parser.add_argument(
+        "--disturbance", type=float, default=0.0, help="pushes while the expert plays, see sim_robot_node; with --robot"
+    )
     parser.add_argument("--sim", default="/sim_robot", help="full name of the simulated robot's node")
     parser.add_argument("--recorder", default="/recorder", help="full name of the recorder's node")
     parser.add_argument("--settle", type=float, default=0.3, help="seconds between a reset and the recording")
@@ -118,7 +121,12 @@ def main(args: Sequence[str] | None = None) -> int:
     if (chosen.robot is None) != (chosen.dataset is None):
         parser.error("--robot and --dataset belong together; without both, the nodes must run already.")
     nodes = {
-        "sim_robot_node": {"robot": chosen.robot, "task": chosen.task, "seed": chosen.first_seed},
+        "sim_robot_node": {
+            "robot": chosen.robot,
+            "task": chosen.task,
+            "seed": chosen.first_seed,
+            "disturbance": chosen.disturbance,
+        },
         "recorder_node": {"robot": chosen.robot, "dataset": chosen.dataset},
     }
     try:

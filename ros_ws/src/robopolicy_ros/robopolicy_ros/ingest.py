@@ -67,11 +67,6 @@ def topics(contract: Contract, resolve: Callable[[str], str]) -> dict[str, tuple
 
     Args:
         resolve: from a topic of the contract to its full name.
-
-    Raises:
-        UserError: a stream and a command share a name.
     """
-    if shared := contract.streams.keys() & contract.commands.keys():
-        raise UserError(f"A stream and a command are both called {', '.join(sorted(shared))}; rename one.")
     items: dict[str, Stream | CommandTopic] = {**contract.streams, **contract.commands}
     return {name: (resolve(item.topic), item.type) for name, item in items.items()}

@@ -77,7 +77,7 @@ PARAMETERS = (
     Parameter("scheduler.every", 1, "of temporal_ensembling: steps between observations that are used", (1, 1000)),
     Parameter("scheduler.delay.window", 10, "newest measured delays that count", (1, 10000)),
     Parameter("scheduler.delay.percentile", 100.0, "of these that is expected; 100: their largest", (0.0, 100.0)),
-    Parameter("lookahead", 0.08, "seconds ahead at which the plan is aimed at; longer is smoother", (0.001, 1.0)),
+    Parameter("lookahead", 0.1, "seconds ahead at which the plan is aimed at; longer is smoother", (0.001, 1.0)),
     Parameter("seed", 0, "of the policy's noise", (0, 2**31 - 1)),
     Parameter("speed_scale", 1.0, "factor on the velocities of safety.yaml; start low", (0.01, 1.0)),
     Parameter("resume_after_intervention", False, "go on when a person lets go; otherwise hold until started again"),

@@ -52,6 +52,7 @@ PARAMETERS: tuple[tuple[str, Any, str], ...] = (
     ("options", '{"arm": "ur5e"}', "Options of the task as JSON, e.g. its arm."),
     ("seed", 0, "Start of the next episode; counts up. It may be set while the node runs."),
     ("time_limit", 0.0, "Seconds of an episode; 0: the task's own limit."),
+    ("disturbance", 0.0, "Standard deviation of pushes while the expert plays, share of half the set points' range."),
     ("render_quality", "fast", "Of the cameras: fast, shadows, full; none: a moving test pattern."),
 )
 
@@ -73,6 +74,7 @@ class SimRobotNode(Node):
             start=self._monotonic.now(),
             seed=values["seed"],
             time_limit=values["time_limit"] or None,
+            disturbance=values["disturbance"],
             render_quality=values["render_quality"],
         )
         self._next_seed = values["seed"] + 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from robopolicy.data.record import disturbances
 from robopolicy.errors import UserError
 from robopolicy.runtime.clock import NS
 from robopolicy.runtime.commanded import CommandedMotion, Points, Setpoint
@@ -35,6 +36,9 @@ class SimulatedRobot:
         start: the clock [ns].
         seed: of the first episode.
         time_limit: seconds of an episode; None: the task's.
+        disturbance: while the expert plays, the arm is pushed about: standard deviation of what is added to its set
+            points, as a share of half their range, so that the demonstrations show how to recover (DART; the commands
+            that are recorded stay clean).
         render_quality: of the cameras: ``fast``, ``shadows``, ``full``, or ``none`` for a moving test pattern, which
             costs nothing and tests what carries images.
 
@@ -57,6 +61,7 @@ class SimulatedRobot:
         start: int,
         seed: int = 0,
         time_limit: float | None = None,
+        disturbance: float = 0.0,
         render_quality: str = "fast",
     ) -> None:
         self.contract = contract
@@ -68,6 +73,7 @@ class SimulatedRobot:
         self._check_fit(task)
         self._period = round(NS / contract.command_rate)
         self.time_limit = time_limit or _time_limit(env_id)
+        self._disturbance = disturbance
         self._quality = render_quality
         self._renderer: Any = None
         names = self._env.metadata["names"]
@@ -139,6 +145,8 @@ class SimulatedRobot:
     def demonstrate(self) -> None:
         """Let the task's scripted expert play the present episode through `expert_action`."""
         self._expert = self._env.make_expert(self.seed)
+        rng, rate = np.random.default_rng((self.seed, 1)), self.contract.command_rate
+        self._pushes = disturbances(self._env.action_space, self._disturbance, rate, rng)
         self.demonstrating, self._expert_began = True, self._steps
 
     def expert_action(self) -> np.ndarray | None:
@@ -150,7 +158,10 @@ class SimulatedRobot:
     def step(self) -> None:
         """Go on by one period of the command rate."""
         self.time += self._period
-        action = self._commanded(self.time).astype(np.float32)
+        action = self._commanded(self.time)
+        if self.demonstrating:
+            action = action + next(self._pushes)
+        action = action.astype(np.float32)
         self._observation, _, _, _, info = self._env.step(
             np.clip(action, self._env.action_space.low, self._env.action_space.high)
         )
