@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ros.conftest import BENCH, PACKAGE, REPOSITORY
+from tests.ros.conftest import BENCH, REPOSITORY
 from tests.ros.launch_files import Node, read_launch_file
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: pip install 'robopolicy[ros]'")
@@ -70,10 +70,10 @@ def test_colcon_takes_it_for_a_ros_package(workspace):
 
 def test_every_file_is_installed(workspace):
     install = workspace / "install" / "robopolicy_ros"
+    package, found = workspace / "src" / "robopolicy_ros", install / "share" / "robopolicy_ros"
     for folder in ("launch", "config"):
-        shipped = {p.relative_to(PACKAGE) for p in (PACKAGE / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"}
-        found = install / "share" / "robopolicy_ros"
-        assert shipped and all((found / path).read_bytes() == (PACKAGE / path).read_bytes() for path in shipped)
+        shipped = [p.relative_to(package) for p in (package / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"]
+        assert shipped and all((found / path).read_bytes() == (package / path).read_bytes() for path in shipped)
     scripts = {path.name for path in (install / "lib" / "robopolicy_ros").iterdir()}
     assert {"policy_node", "monitor_node", "recorder_node", "sim_robot_node", "teleop_node"} <= scripts
 

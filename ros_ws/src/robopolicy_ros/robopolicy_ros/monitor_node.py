@@ -23,7 +23,7 @@ from trajectory_msgs.msg import JointTrajectory
 from robopolicy.runtime.contract import CommandTopic, Contract, read_contract
 from robopolicy.runtime.limits import Limits, read_limits
 from robopolicy.runtime.robots import robot_folder
-from robopolicy_ros.motion_check import Bounds, SetPointCheck, TrajectoryCheck
+from robopolicy_ros.motion_check import Bounds, RotationCheck, SetPointCheck, TrajectoryCheck
 
 _PAUSE = 0.3  # seconds without set points after which the next one begins a motion
 
@@ -45,20 +45,25 @@ class CommandMonitor:
 
     Attributes:
         messages: judged so far.
+        missed: messages that did not reach the monitor, by their numbers.
         check: its violations.
     """
 
     def __init__(self, contract: Contract, limits: Limits, command: CommandTopic) -> None:
         self.command = command
-        self.messages = 0
+        self.messages = self.missed = 0
         entries = command.entries[:3] if command.type == "geometry_msgs/msg/PoseStamped" else command.entries
         bounds = Bounds.of(limits, [contract.action.names[entry] for entry in entries])
         if command.type == "trajectory_msgs/msg/JointTrajectory":
             self.check: SetPointCheck | TrajectoryCheck = TrajectoryCheck(bounds, limits.max_start_jump)
         else:
             self.check = SetPointCheck(bounds, 1 / contract.command_rate, limits.max_start_jump)
+        self._rotation: RotationCheck | None = None
+        if command.type == "geometry_msgs/msg/PoseStamped" and limits.rotation is not None:
+            self._rotation = RotationCheck(limits.rotation, 1 / contract.command_rate, self.check.violations)
         self._measured: np.ndarray | None = None
         self._last = 0.0
+        self._sender, self._number = b"", 0
 
     def see(self, state: JointState) -> None:
         """Take the robot's joint positions."""
@@ -66,9 +71,17 @@ class CommandMonitor:
         if self.command.names and all(name in found for name in self.command.names):
             self._measured = self._action(np.array([found[name] for name in self.command.names]))
 
-    def receive(self, message: Any, sent: float) -> None:
-        """Judge a command that was sent at a time [s]."""
+    def receive(self, message: Any, sent: float, sender: bytes = b"", number: int | None = None) -> None:
+        """Judge a command.
+
+        Args:
+            message: of the topic's type.
+            sent: when [s].
+            sender: its publisher.
+            number: of the message, counted by the publisher from 1 on; None: not known.
+        """
         self.messages += 1
+        self._count(sender, number)
         if isinstance(self.check, TrajectoryCheck):
             self._receive_trajectory(self.check, message, sent)
             return
@@ -76,13 +89,32 @@ class CommandMonitor:
         if values is None:
             return
         if sent - self._last > _PAUSE:
-            self.check.restart()
+            self._restart()
         self._last = sent
         self.check.check(sent, values, self._measured)
+        if self._rotation is not None:
+            turned = message.pose.orientation
+            self._rotation.check(sent, np.array([turned.x, turned.y, turned.z, turned.w]))
 
     def report(self) -> dict[str, Any]:
         found = self.check.violations
-        return {"messages": self.messages, "violations": dict(found.counts), "examples": found.examples}
+        counts = {"messages": self.messages, "missed": self.missed}
+        return counts | {"violations": dict(found.counts), "examples": found.examples}
+
+    def _count(self, sender: bytes, number: int | None) -> None:
+        """After a message that did not come nobody here knows what the robot follows."""
+        if number is None:
+            return
+        before, self._number = (self._number if sender == self._sender else 0), number
+        self._sender = sender
+        if number != before + 1:
+            self.missed += number - before - 1
+            self._restart()
+
+    def _restart(self) -> None:
+        self.check.restart()
+        if self._rotation is not None:
+            self._rotation.restart()
 
     def _action(self, values: np.ndarray) -> np.ndarray:
         return np.asarray(self.command.scale) * values + np.asarray(self.command.offset)
@@ -144,7 +176,8 @@ class MonitorNode(Node):
     def _judged(self, monitor: CommandMonitor) -> Callable[[Any, Any], None]:
         def receive(message: Any, info: Any) -> None:
             known = set(monitor.check.violations.counts)
-            monitor.receive(message, info["source_timestamp"] / 1e9)
+            sender, number = info["publisher_gid"]["data"], info["publication_sequence_number"]
+            monitor.receive(message, info["source_timestamp"] / 1e9, sender, number)
             for kind in set(monitor.check.violations.counts) - known:
                 topic, example = monitor.command.topic, monitor.check.violations.examples[kind]
                 self.get_logger().error(f"{topic}: violation of '{kind}': {example}")

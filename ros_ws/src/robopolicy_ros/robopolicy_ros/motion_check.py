@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
-from robopolicy.runtime.limits import Limits
+from robopolicy.runtime.limits import Limits, RotationLimits
 
 _MAKING_UP = 3
 """Set points after a late one with which a sender may still make up for the time."""
@@ -174,6 +175,10 @@ class TrajectoryCheck:
         self.violations = Violations()
         self._running: Hermite | None = None
 
+    def restart(self) -> None:
+        """What the robot follows now was not seen: the next trajectory is the first of a motion."""
+        self._running = None
+
     def check(
         self,
         sent: float,
@@ -244,3 +249,50 @@ class TrajectoryCheck:
         allowed = bounds.acceleration * reach**2 + np.maximum(np.abs(speed), np.abs(velocity)) * jitter
         if (np.abs(position - before) > allowed + self.slack.position).any():
             self.violations.add("seam position", f"{np.abs(position - before).max():.4g}")
+
+
+class RotationCheck:
+    """Judges the orientations of poses that come once a period.
+
+    Args:
+        limits: of the angular velocity and acceleration.
+        period: seconds between two poses.
+        violations: where to add what is found.
+        slack: see `Slack`; its position is in radians here.
+    """
+
+    def __init__(
+        self, limits: RotationLimits, period: float, violations: Violations, slack: Slack | None = None
+    ) -> None:
+        self.limits, self.period, self.violations, self.slack = limits, period, violations, slack or Slack()
+        self._last: Rotation | None = None
+        self._velocity: np.ndarray | None = None
+        self._sent = 0.0
+
+    def restart(self) -> None:
+        """The next pose is the first of a motion."""
+        self._last = self._velocity = None
+
+    def check(self, sent: float, quaternion: np.ndarray) -> None:
+        """Judge the quaternion (4,) xyzw of a pose that was sent at a time [s]."""
+        if not abs(float(np.linalg.norm(quaternion)) - 1) < 1e-6:
+            return self.violations.add("no rotation", str(quaternion.tolist()))
+        turned, limits, slack = Rotation.from_quat(quaternion), self.limits, self.slack
+        before, last = self._last, self._velocity
+        passed, self._sent = (sent - self._sent) / self.period, sent
+        self._last, self._velocity = turned, None
+        if before is None:
+            return
+        late = passed > 1.1
+        velocity = (turned * before.inv()).as_rotvec() / self.period / (np.ceil(passed) + 1 if late else 1.0)
+        speed = float(np.linalg.norm(velocity))
+        if speed > limits.velocity * (1 + slack.share) + slack.position / self.period:
+            self.violations.add("angular velocity", f"{speed:.4g}")
+        if late:
+            return
+        self._velocity = velocity
+        if last is not None:
+            acceleration = float(np.linalg.norm(velocity - last)) / self.period
+            # a limited rotation vector turns with up to this much more
+            if acceleration > limits.acceleration * (1 + slack.share) + limits.velocity**2 + 1e-3:
+                self.violations.add("angular acceleration", f"{acceleration:.4g}")
