@@ -89,17 +89,23 @@ def run(args: argparse.Namespace) -> int:
     from robopolicy.evaluation.results import write_json
     from robopolicy.export.open import open_policy
     from robopolicy.manifest import read_manifest
+    from robopolicy.policies.prefix import prefix_steps
+    from robopolicy.runtime.chunk_scheduler import RealTimeChunkingSettings
     from robopolicy.runtime.runner import RunnerSettings
     from robopolicy.runtime.settings import scheduler_settings
 
     bundle = Path(settings.bundle).resolve()
-    environment, options = _place(settings, read_manifest(bundle)["task"])
+    manifest = read_manifest(bundle)
+    environment, options = _place(settings, manifest["task"])
     schedulers = [scheduler_settings(name, (settings.settings or {}).get(name, {})) for name in settings.schedulers]
     out = Path(settings.out) if settings.out else bundle.parent.parent / "rehearsal"
     out.mkdir(parents=True, exist_ok=True)
     policy = open_policy(
         bundle, settings.engine, threads=settings.threads, allow_native_code=settings.allow_native_code
     )
+    for scheduler in schedulers:
+        if isinstance(scheduler, RealTimeChunkingSettings):
+            scheduler.check_engine(policy.name)
     motion = Motion(settings.motion.velocity, settings.motion.acceleration, settings.motion.jerk)
     results = [
         evaluate_realtime(
@@ -113,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
             motion=motion,
             runner=RunnerSettings(lookahead=settings.lookahead),
             time_limit=settings.time_limit,
+            prefix_steps=prefix_steps(manifest),
         )
         for delay in settings.delays
         for scheduler in schedulers

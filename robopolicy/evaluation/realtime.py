@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,7 @@ def evaluate_realtime(
     motion: Motion | None = None,
     runner: RunnerSettings | None = None,
     time_limit: float | None = None,
+    prefix_steps: int | None = None,
     progress: bool = True,
 ) -> RealtimeResult:
     """Play one episode for each seed in simulated real time.
@@ -163,6 +165,7 @@ def evaluate_realtime(
         motion: limits.
         runner: settings of the runner.
         time_limit: seconds; None takes the task's own.
+        prefix_steps: longest prefix that the policy was trained with; None: unknown.
 
     Raises:
         UserError: the task cannot be run in real time, or the policy does not fit it.
@@ -176,7 +179,8 @@ def evaluate_realtime(
         with tqdm(seeds, unit="episode", desc=f"{scheduler.name} {delays.inference:g} s", disable=not progress) as bar:
             for seed in bar:
                 world = _World(env, contract, seed)
-                episode = _play(world, policy, contract, limits, scheduler, delays, runner or RunnerSettings(), limit)
+                made = partial(Runner, contract, limits, prefix_steps=prefix_steps)
+                episode = _play(world, policy, made, scheduler, delays, runner or RunnerSettings(), limit)
                 episodes.append(episode)
                 bar.set_postfix_str(f"success {np.mean([e.success for e in episodes]):.1%}")
     return RealtimeResult(scheduler, delays, tuple(episodes))
@@ -213,8 +217,7 @@ class _World:
 def _play(
     world: _World,
     policy: Any,
-    contract: Contract,
-    limits: Limits,
+    made: Callable[..., Runner],
     settings: SchedulerSettings,
     delays: Delays,
     how: RunnerSettings,
@@ -223,7 +226,7 @@ def _play(
     clock = SimulatedClock(NS)
     worker = SimulatedWorker(policy, clock, delays.drawn(world.seed))
     seeded = RunnerSettings(world.seed * 10_000, how.lookahead)  # as many chunks an episode may have
-    runner = Runner(contract, limits, worker, settings, clock, seeded)
+    runner = made(worker, settings, clock, seeded)
     period = nanoseconds(runner.period)
     world.publish(runner, clock.now())
     if why := runner.start():
@@ -252,7 +255,7 @@ def _play(
         chunks=runner.status().counters.get("chunks", 0),
         state=state.value,
         reason=runner.machine.reason if state is not State.RUNNING else "",
-        **_smoothness(commands, seams, contract, limits),
+        **_smoothness(commands, seams, runner.contract, runner.limits),
     )
 
 

@@ -98,7 +98,7 @@ STOP = 0.3  # s of braking at the end of the trajectories below
 def trajectory(begin: float, length: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Times from ``begin`` on, positions and velocities (T, 2): the swing, then braking to rest."""
     times = np.arange(0.02, length, 0.02)
-    positions, velocities = swing(begin + times)
+    positions, velocities = swing(begin + times, amplitude=0.3)
     after = np.arange(0.02, STOP + 1e-9, 0.02)
     share = velocities[-1] / STOP
     braked = positions[-1] + np.outer(after, velocities[-1]) - np.outer(after**2, share) / 2
@@ -124,7 +124,10 @@ def trajectories(
 def test_trajectories_within_the_limits() -> None:
     chain = [(0.4 * k, trajectory(0.4 * k)) for k in range(10)]
     assert not trajectories(*chain, measured=np.full(2, 0.1))
-    assert not trajectories(*chain, (20.0, trajectory(4.0 * np.pi / 3)))  # from rest, long after, where it rests
+    times, positions, velocities = trajectory(0.0)
+    rest = chain[-1][1][1][-1]
+    assert not trajectories(*chain, (20.0, (times, positions + rest, velocities)))
+    assert trajectories(*chain, (20.0, (times, positions, velocities))) == {"seam position"}
 
 
 def altered(**change: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -192,11 +195,11 @@ def test_seams() -> None:
 
 
 def test_the_first_trajectory_begins_where_the_robot_is() -> None:
-    assert trajectories((0.0, trajectory(0.0)), measured=np.array([0.5, 0.0])) == {"first point"}
+    assert trajectories((0.0, trajectory(0.0)), measured=np.array([0.25, 0.0])) == {"first point"}
     check = TrajectoryCheck(BOUNDS, MAX_STEP)
     check.check(0.0, *trajectory(0.0))
     check.restart()
-    check.check(0.5, *altered(positions=lambda p: p + [0.5, 0]), np.array([0.5, 0.0]))
+    check.check(0.5, *altered(positions=lambda p: p + [0.25, 0]), np.array([0.25, 0.0]))
     assert not check.violations.counts
 
 
@@ -278,11 +281,12 @@ def test_messages_that_the_monitor_missed_are_counted_and_no_seam_is_judged_over
     monitor = CommandMonitor(robot.contract, robot.limits, robot.contract.commands["arm"])
 
     def send(place: float, sender: bytes, number: int) -> int:
-        point = JointTrajectoryPoint(positions=[place] * 3, velocities=[0.0] * 3, time_from_start=Duration(sec=1))
+        point = JointTrajectoryPoint(positions=[place] * 3, velocities=[0.0] * 3)
+        point.time_from_start = Duration(nanosec=10**8)
         monitor.receive(JointTrajectory(joint_names=list(names), points=[point]), 1.0 + 10 * number, sender, number)
         return monitor.missed
 
     assert send(0.0, b"first", 1) == 0 and send(0.5, b"first", 4) == 2
     assert not monitor.check.violations.counts
     assert send(0.5, b"second", 1) == 2
-    assert send(-2.0, b"second", 2) == 2 and set(monitor.check.violations.counts) == set()
+    assert send(-0.5, b"second", 2) == 2 and set(monitor.check.violations.counts) == {"seam position"}

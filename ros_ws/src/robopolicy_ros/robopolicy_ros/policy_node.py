@@ -36,6 +36,7 @@ from robopolicy.errors import UserError
 from robopolicy.export.open import TORCH, engine_names
 from robopolicy.inference.engine import read_engine
 from robopolicy.manifest import bundle_fingerprint, read_manifest
+from robopolicy.policies.prefix import prefix_steps
 from robopolicy.runtime.chunk_scheduler import RealTimeChunkingSettings
 from robopolicy.runtime.clock import NS, MonotonicClock, nanoseconds
 from robopolicy.runtime.contract import CONTRACT, CommandTopic, Contract, Signal, Stream
@@ -223,7 +224,10 @@ class PolicyNode(LifecycleNode):
             extra_delay=float(values["extra_delay"]),
         )
         self._resources.append(worker.close)
-        runner = Runner(robot.contract, robot.limits, worker, scheduling, self._monotonic, settings)
+        trained = prefix_steps(read_manifest(bundle, verify=False))
+        runner = Runner(
+            robot.contract, robot.limits, worker, scheduling, self._monotonic, settings, prefix_steps=trained
+        )
         runner.instruction, runner.goal = instruction, goal
         self._wait_for(worker, float(values["configure_timeout"]))
         about = {
