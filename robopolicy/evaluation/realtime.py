@@ -170,6 +170,8 @@ def evaluate_realtime(
     Raises:
         UserError: the task cannot be run in real time, or the policy does not fit it.
     """
+    if policy.spec.goals:
+        raise UserError("A goal-conditioned policy cannot be rehearsed yet: there is nowhere to give the goal.")
     env_id = task_id(env_name)
     limit = time_limit or _time_limit(env_id, options)
     with closing(_make(env_id, options, command_rate)) as env:
@@ -227,6 +229,7 @@ def _play(
     worker = SimulatedWorker(policy, clock, delays.drawn(world.seed))
     seeded = RunnerSettings(world.seed * 10_000, how.lookahead)  # as many chunks an episode may have
     runner = made(worker, settings, clock, seeded)
+    runner.instruction = str(getattr(world.env.unwrapped, "instruction", "")) if policy.spec.tasks else None
     period = nanoseconds(runner.period)
     world.publish(runner, clock.now())
     if why := runner.start():

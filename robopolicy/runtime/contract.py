@@ -228,12 +228,6 @@ class Contract:
         self._check_commands()
 
     @property
-    def reference_stream(self) -> str:
-        """The stream whose newest stamp is the time of an observation."""
-        cameras = [name for name, stream in self.streams.items() if stream.image]
-        return self.reference or (cameras[0] if cameras else self.measured)
-
-    @property
     def observation_specs(self) -> dict[str, KeySpec]:
         """What a policy is offered, by key."""
         return {key: self._key_spec(key, observation) for key, observation in self.observations.items()}

@@ -22,6 +22,7 @@ from robopolicy.runtime.samples import Joints, Pose, Value, Wrench
 
 _JOINT_STATE = "sensor_msgs/msg/JointState"
 _POSE = "geometry_msgs/msg/PoseStamped"
+_TWIST = "geometry_msgs/msg/TwistStamped"
 _FASTER = 2.0
 """Streams may send this many times their ``rate`` before the history gets too short."""
 
@@ -191,20 +192,42 @@ class ObservationBuffer:
         and must be that of the commanded frame in the base frame.
 
         Returns:
-            None where an entry is in no stream, or its stream has not begun; and for twists.
+            None where an entry is in no stream, or its stream has not begun. A twist that keeps the robot is zero.
         """
         action = np.full(len(self.contract.action.names), np.nan)
         for command in self.contract.commands.values():
-            if command.type == "geometry_msgs/msg/TwistStamped":
-                return None
             entries = list(command.entries)
-            if command.type == _POSE:
+            found: np.ndarray
+            if command.type == _TWIST:
+                found = np.zeros(6)
+            elif command.type == _POSE:
                 pose = self._measured_pose()
                 found = np.full(9, np.nan) if pose is None else pose
             else:
                 found = np.array([self._position(name) for name in command.names])
             action[entries] = np.array(command.scale) * found + np.array(command.offset)
         return None if np.isnan(action).any() else action
+
+    @property
+    def action_streams(self) -> set[str]:
+        """The streams that `measured_action` reads, as far as they have begun."""
+        names = {name for command in self.contract.commands.values() for name in command.names}
+        found = {ring.name for name in names if (ring := self._telling(name)) is not None}
+        if any(command.type == _POSE for command in self.contract.commands.values()):
+            found |= set(self._pose_streams()[:1])
+        return found
+
+    def _telling(self, name: str) -> _Ring | None:
+        """The stream that tells a joint's position: the measured one, or another whose messages name it."""
+        for ring in (self._rings[self.contract.measured], *self._rings.values()):
+            place = ring.place.get(("position", name))
+            if place is not None and ring.count and math.isfinite(float(ring.row(ring.count - 1)[place])):
+                return ring
+        return None
+
+    def _pose_streams(self) -> list[str]:
+        poses = [name for name, stream in self.contract.streams.items() if stream.type == _POSE]
+        return [name for name in poses if name in self._used] or (poses if len(poses) == 1 else [])
 
     def _silent(self, name: str, now: int) -> str:
         ring = self._rings[name]
@@ -228,18 +251,11 @@ class ObservationBuffer:
         return np.concatenate([reader.read(time) for reader in readers])
 
     def _position(self, name: str) -> float:
-        measured = self._rings[self.contract.measured]
-        for ring in (measured, *self._rings.values()):
-            place = ring.place.get(("position", name))
-            if place is not None and ring.count:
-                value = float(ring.row(ring.count - 1)[place])
-                if math.isfinite(value):
-                    return value
-        return math.nan
+        ring = self._telling(name)
+        return math.nan if ring is None else float(ring.row(ring.count - 1)[ring.place["position", name]])
 
     def _measured_pose(self) -> np.ndarray | None:
-        poses = [name for name, stream in self.contract.streams.items() if stream.type == _POSE]
-        used = [name for name in poses if name in self._used] or (poses if len(poses) == 1 else [])
+        used = self._pose_streams()
         if not used or not self._rings[used[0]].count:
             return None
         ring = self._rings[used[0]]

@@ -24,8 +24,8 @@ from robopolicy.spec import GOAL, PolicySpec, check_keys
 
 log = logging.getLogger(__name__)
 
-STAGES = ("observation", "queue", "inference", "delivery", "total")
-_KEPT_LATENCIES = 200
+_KEPT_PREVIEWS = 20
+_LEAST_LEAD = 0.02  # s from a tick until its trajectory is at the controller
 _COMMANDING = (State.RUNNING, State.INTERVENTION, State.STOPPING, State.HOLDING)
 _SPACING = 0.02  # s between the points of a trajectory
 
@@ -64,8 +64,6 @@ class Status:
         state, reason: see `Machine`.
         counters: what happened how often since the runner was made.
         ages: seconds since the newest sample of each stream.
-        latencies: medians over the last chunks [s] of the stages observation (its age when it was sent off), queue,
-            inference, delivery and total (from the measurement to the plan).
         delay: seconds from an observation to its chunk that the scheduler reckons with.
         plan_left: seconds until the plan is used up.
         waiting: why no observation could be made for the policy; empty when it could.
@@ -75,7 +73,6 @@ class Status:
     reason: str
     counters: Mapping[str, int]
     ages: Mapping[str, float]
-    latencies: Mapping[str, float]
     delay: float
     plan_left: float
     waiting: str = ""
@@ -153,6 +150,10 @@ class Runner:
             max_spread=limits.max_spread,
         )
         self.period = 1 / contract.command_rate
+        if self.settings.lookahead < 4 * self.period:
+            raise UserError(
+                f"lookahead={self.settings.lookahead} must be at least four command periods, {4 * self.period:g} s."
+            )
         self.filter = SafetyFilter(contract, limits, self.period, self.spec.n_obs_steps)
         self.instruction: str | None = None
         self.goal: Mapping[str, np.ndarray] = {}
@@ -162,10 +163,12 @@ class Runner:
         self._used.add(contract.measured)
         self._signals = _Signals()
         self._person: _Person | None = None
+        self._turned_away = self._settling = False
+        self._last_target = 0
         self._counters: Counter[str] = Counter()
-        self._latencies: dict[str, deque[float]] = {stage: deque(maxlen=_KEPT_LATENCIES) for stage in STAGES}
+        self._preview_times: deque[float] = deque([0.0], maxlen=_KEPT_PREVIEWS)
         self._epoch = self._id = 0
-        self._asked: tuple[Request, int] | None = None  # the request in flight and when it was made
+        self._asked: int | None = None  # id of the request in flight
         self._waiting = ""
         self._invalid = self._failures = 0
         self._ramp_from = np.zeros(len(contract.action.names))
@@ -189,21 +192,34 @@ class Runner:
 
     def intervene(self, target: np.ndarray | None) -> None:
         """A person drives to ``target`` (A,), in action space, or lets go (None)."""
-        state = self.machine.state
+        now, last = self.clock.now(), self._last_target
         if target is None:
+            self._turned_away = False
             return self._let_go("")
+        self._last_target = now
+        if now - last > nanoseconds(self.settings.intervention_timeout):
+            self._turned_away = False
+        if self._turned_away:
+            return
         if not np.isfinite(target).all() or np.shape(target) != (len(self.contract.action.names),):
             self._counters["refused interventions"] += 1
             return
-        if state in (State.ARMED, State.RUNNING, State.HOLDING):
-            if state is State.ARMED and (why := self._take_over_measured()):
-                self.machine.reason = why
+        if self.machine.allows(Event.INTERVENE):
+            if why := self._take_over(np.asarray(target, np.float64)):
+                self._counters["refused interventions"] += 1
+                self._waiting = why
                 return
             self._handle(Event.INTERVENE, "A person drives.")
             self._begin_ramp()
             self._counters["interventions"] += 1
         if self.machine.state is State.INTERVENTION:
-            self._person = _Person(np.asarray(target, np.float64), self.clock.now())
+            self._person = _Person(np.asarray(target, np.float64), now)
+
+    def _take_over(self, target: np.ndarray) -> str:
+        """Why a person may not take over there: they would move the robot at once and far."""
+        if self.machine.state is State.ARMED and (why := self._take_over_measured()):
+            return why
+        return self.filter.distance_problem(target)
 
     # What an operator asks for. Each returns why it was refused, or nothing.
 
@@ -220,11 +236,13 @@ class Runner:
 
     def start(self) -> str:
         """Let the policy drive, from idle (after arming), armed or holding."""
+        if why := self._deadman_problem():
+            return why
         if self.machine.state is State.IDLE and (why := self.arm()):
             return why
         if not self.machine.allows(Event.START):
             return self._refusal("start")
-        if why := self._not_ready() or self._deadman_problem():
+        if why := self._not_ready():
             return why
         if self.machine.state is State.ARMED and (why := self._take_over_measured()):
             return why
@@ -233,11 +251,13 @@ class Runner:
         return ""
 
     def hold(self) -> str:
-        """Slow down, then hold the posture."""
+        """Slow down, then hold the posture. A person who drives must let go before they can take over again."""
+        self._turned_away = self.machine.state is State.INTERVENTION
         return "" if self._handle(Event.HOLD, "Held by the operator.") else self._refusal("hold")
 
     def stop(self, reason: str = "Stopped by the operator.") -> str:
         """Slow down, then send nothing more."""
+        self._turned_away = self.machine.state is State.INTERVENTION
         return "" if self._handle(Event.STOP, reason) else self._refusal("stop")
 
     def estop(self, reason: str = "Emergency stop.") -> None:
@@ -282,12 +302,18 @@ class Runner:
     def preview(self) -> Trajectory:
         """The commands to come, ending at rest: what a trajectory controller follows if nothing more arrives.
 
-        From now on `tick` goes where that controller is, by the time, also when the owner is late.
+        From now on `tick` goes where that controller is, by the time, also when the owner is late. It begins with what
+        is followed already, for about as long as previews take, so that the controller finds no seam.
         """
-        now = self._ticked
+        now, began = self._ticked, self.clock.now()
         self.trajectory_due, self._last_trajectory, self._path_sent = False, now, True
         plan, duration = self._aim(now)
-        return self.filter.preview(plan, self._commanded_at, duration, _SPACING, self.settings.lookahead)
+        lead = _LEAST_LEAD + max(self._preview_times)
+        trajectory = self.filter.preview(
+            plan, self._commanded_at, duration, _SPACING, self.settings.lookahead, lead=lead
+        )
+        self._preview_times.append((self.clock.now() - began) / NS)
+        return trajectory
 
     def status(self) -> Status:
         """What the runner is doing."""
@@ -301,7 +327,6 @@ class Runner:
             reason=self.machine.reason,
             counters=counters,
             ages={name: self.buffer.age(name, now) for name in self.contract.streams},
-            latencies={stage: float(np.median(kept)) for stage, kept in self._latencies.items() if kept},
             delay=self._scheduler.delay.seconds,
             plan_left=max(0.0, (plan.end - now) / NS) if plan else 0.0,
             waiting=self._waiting,
@@ -313,10 +338,12 @@ class Runner:
         state = self.machine.state
         if state in (State.IDLE, State.FAULT):
             return
+        if state is State.STOPPING:  # its owner may be ending, deaf already
+            if self._signals.values.get("estop"):
+                self._fail("The e-stop is pressed.")
+            return
         if why := self._estop_problem():
             return self._fail(why)
-        if state is State.STOPPING:
-            return
         if why := self._silence(now) or self._policy_problem(now):
             if state is State.ARMED:
                 self._handle(Event.DISARM, why)
@@ -385,6 +412,7 @@ class Runner:
 
     def _not_ready(self) -> str:
         now = self.clock.now()
+        self._used |= self.buffer.action_streams
         if why := self._estop_problem() or self._silence(now):
             return why
         health = self._worker.health()
@@ -427,12 +455,11 @@ class Runner:
             self._count_invalid(f"The policy failed: {self._worker.health().error}")
         if chunk is None:
             return
-        asked, self._asked = self._asked, None
+        if self._asked == chunk.id:
+            self._asked = None
         if chunk.epoch != self._epoch or self.machine.state is not State.RUNNING:
             self._counters["chunks of before"] += 1
             return
-        if asked is not None:
-            self._note_latencies(asked, chunk, now)
         if why := self.filter.check_chunk(chunk.actions, chunk.observed_at, now, self.filter.state.position):
             self._scheduler.lost()
             return self._count_invalid(why)
@@ -452,6 +479,10 @@ class Runner:
 
     def _ask(self, now: int) -> None:
         """Send the newest observation off, if the scheduler wants a chunk."""
+        if self._settling:
+            if not self.filter.at_rest:
+                return
+            self._begin_policy()
         if self._asked is not None or not self._scheduler.wants(now):
             return
         if self._wanted_since is None:
@@ -477,13 +508,7 @@ class Runner:
             instruction=self.instruction,
         )
         self._worker.submit(request)
-        self._asked = request, now
-
-    def _note_latencies(self, asked: tuple[Request, int], chunk: Chunk, now: int) -> None:
-        request, sent = asked
-        times = (sent - request.observed_at, chunk.started - sent, chunk.finished - chunk.started)
-        for stage, passed in zip(STAGES, (*times, now - chunk.finished, now - request.observed_at), strict=True):
-            self._latencies[stage].append(passed / NS)
+        self._asked = request.id
 
     # Moving.
 
@@ -546,6 +571,7 @@ class Runner:
         now = self.clock.now()
         self._epoch += 1
         self._asked = None
+        self._settling = self._settling and not self.filter.at_rest
         self._invalid = 0
         self._wanted_since = None
         self._last_chunk = now
@@ -567,7 +593,8 @@ class Runner:
     def _let_go(self, how: str) -> None:
         self._person = None
         if self.settings.resume_after_intervention:
-            if self._handle(Event.RESUME):
+            self._settling = self._handle(Event.RESUME)
+            if self._settling:
                 self._begin_policy()
         else:
             self._handle(Event.RELEASE, f"The person let go{how}.")
@@ -575,6 +602,8 @@ class Runner:
     # Changing the state.
 
     def _fail(self, reason: str) -> None:
+        if self.machine.state is State.STOPPING and self.machine.after_stop is State.FAULT:
+            return
         if self.machine.state is not State.FAULT and self._handle(Event.FAIL, reason):
             log.error("%s", reason)
             self._counters["faults"] += 1
@@ -585,7 +614,7 @@ class Runner:
         if done and self.machine.state is not before:
             log.debug("%s -> %s %s", before.value, self.machine.state.value, reason)
             self._epoch += 1
-            self.trajectory_due = self.machine.state in (State.STOPPING, State.INTERVENTION)
+            self.trajectory_due = self.machine.state in (State.STOPPING, State.INTERVENTION) or event is Event.RESUME
         return done
 
     def _refusal(self, what: str) -> str:

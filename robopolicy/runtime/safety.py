@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from robopolicy.runtime.clock import NS, nanoseconds
 from robopolicy.runtime.contract import Contract
 from robopolicy.runtime.exchange import Trajectory
 from robopolicy.runtime.limits import Limits
+from robopolicy.runtime.plan import Plan
 from robopolicy.runtime.workspace import ToolBox
 
 ROTATION = slice(3, 9)
@@ -35,17 +35,6 @@ CLAMPED_VELOCITY = "target velocity clamped"
 KEPT_ROTATION = "target rotation unusable"
 BRAKED_LIMIT = "braked before a limit"
 BRAKED_WORKSPACE = "braked before the border of the workspace"
-
-
-class Plan(Protocol):
-    """A curve in action space."""
-
-    @property
-    def end(self) -> int:
-        """When it is used up [ns]."""
-
-    def at(self, time: int) -> tuple[np.ndarray, np.ndarray]:
-        """Position and velocity (A,)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +130,7 @@ class SafetyFilter:
             ValueError: wrong shape, not finite, or six numbers that are no rotation.
         """
         position = self._vector(position, "position")
+        self._path, self._path_step = [], 0
         turned = None
         if self._posed:
             turned = rotation.from_columns(position[ROTATION])
@@ -202,7 +192,9 @@ class SafetyFilter:
             for index, (axis, motion) in enumerate(zip(self._axes, self._started().motions, strict=True))
         )
 
-    def preview(self, plan: Plan, now: int, duration: float, spacing: float, lookahead: float) -> Trajectory:
+    def preview(
+        self, plan: Plan, now: int, duration: float, spacing: float, lookahead: float, lead: float = 0.0
+    ) -> Trajectory:
         """Where `step` and then `brake` will lead, from the commanded state on.
 
         Args:
@@ -211,6 +203,8 @@ class SafetyFilter:
             duration: seconds of following before braking.
             spacing: seconds between points, rounded up to whole periods.
             lookahead: of every step [s].
+            lead: seconds for which the path that is followed now is kept; a controller that gets the new one within
+                that time finds no seam.
 
         Returns:
             Points from ``now + spacing`` on, until after the robot is at rest. Velocity and acceleration of the last
@@ -220,15 +214,22 @@ class SafetyFilter:
             ValueError: the plan is not finite, or ``lookahead`` not positive.
         """
         every = max(1, math.ceil(spacing / self.period - 1e-9))
-        state, ignored = self._started(), Counter[str]()
+        kept = [self._started()]
+        if lead > 0:
+            path = self._path or kept  # before the first path the robot is at rest
+            ahead = range(self._path_step + 1, self._path_step + math.ceil(lead / self.period - 1e-9) + 1)
+            kept += [path[min(i, len(path) - 1)] for i in ahead]
+        state, ignored = kept[0], Counter[str]()
         following = min(duration, (plan.end - now) / NS)
         times: list[int] = []
         points: list[SetPoint] = []
         steps = 0
         self._path, self._path_began, self._path_step = [state], now, 0
-        while not points or not self._rests(state) or steps * self.period < following:
+        while not points or not self._rests(state) or steps * self.period < following or steps + 1 < len(kept):
             for _ in range(every):
-                if steps * self.period < following:
+                if steps + 1 < len(kept):
+                    state = kept[steps + 1]
+                elif steps * self.period < following:
                     target = plan.at(now + nanoseconds(steps * self.period + lookahead))
                     state = self._step(state, *target, lookahead, ignored)
                 else:
@@ -293,6 +294,13 @@ class SafetyFilter:
                     f"{name} is {gap:.3f} from its command, wanted at most {self.limits.max_tracking_error}: "
                     "the robot does not follow."
                 )
+        return ""
+
+    def distance_problem(self, target: np.ndarray) -> str:
+        """Which axis of a target (A,) is farther than ``max_start_jump`` from the commanded state; grippers may be."""
+        for name, gap in self._gaps(self._vector(target, "target"), self.state.position):
+            if not gap <= self.limits.max_start_jump:
+                return f"{name} is {gap:.3f} from where the robot is, wanted at most {self.limits.max_start_jump}."
         return ""
 
     def _step(

@@ -63,7 +63,7 @@ def contract(**joints: Any) -> Contract:
     """The template's, with a small camera and rates that a busy machine keeps."""
     robot = read_robot("template").contract
     streams = dict(robot.streams)
-    streams["joints"] = replace(streams["joints"], rate=20.0, stale_after=1.0, **joints)
+    streams["joints"] = replace(streams["joints"], **({"rate": 20.0, "stale_after": 1.0} | joints))
     streams["gripper_state"] = replace(streams["gripper_state"], rate=10.0, stale_after=1.0)
     streams["wrist_camera"] = replace(streams["wrist_camera"], rate=5.0, stale_after=1.5, size=(48, 64))
     return replace(robot, streams=streams)
@@ -143,7 +143,7 @@ class Running:
 def drive(ros_context: Any) -> Iterator[Any]:
     running: list[Running] = []
 
-    def start(seconds: float = 1.5, found: Contract | None = None, **settings: Any) -> dict[str, Finding]:
+    def start(seconds: float = 1.0, found: Contract | None = None, **settings: Any) -> dict[str, Finding]:
         running.append(Running(ros_context, Driver(**settings)))
         found = found or contract()
         findings = check_live(found, read_robot("template").limits, seconds)
@@ -154,97 +154,80 @@ def drive(ros_context: Any) -> Iterator[Any]:
         driver.close()
 
 
-def expect_fail(findings: dict[str, Finding], check: str, text: str) -> None:
-    finding = findings[check]
-    assert finding.level == "FAIL", finding
-    assert text in f"{finding.message} {finding.advice}"
-    others = [f for name, f in findings.items() if name != check and f.level == "FAIL"]
-    assert not others
+def both(joints: Any, **driver: Any) -> tuple[dict[str, Any], Contract]:
+    """A driver's settings, and the contract with other settings of the joints' stream."""
+    return driver, contract(**joints)
 
 
-def test_a_good_driver_passes_in_any_order_of_joints(drive: Any) -> None:
-    findings = drive()
+GOOD = {
+    "joints in another order": both({}),
+    "best effort, no stamps where the contract says so": both({"stamp": "receive"}, reliable=False, stamp_offset=None),
+}
+
+
+@pytest.mark.parametrize("given", GOOD.values(), ids=GOOD)
+def test_a_good_driver_passes(drive: Any, given: tuple[dict[str, Any], Contract]) -> None:
+    driver, found = given
+    findings = drive(found=found, **driver)
     assert not failed(findings.values()), [f for f in findings.values() if f.level == "FAIL"]
     assert findings["command arm"].message.endswith("read by driver")
-    assert set(findings) >= {"stream joints", "stamps joints", "names joints", "posture", "workspace now"}
+    stamps = set() if found.streams["joints"].stamp == "receive" else {"stamps joints"}
+    assert set(findings) >= {"stream joints", "names joints", "posture", "workspace now"} | stamps
 
 
-def test_slow_joint_states(drive: Any) -> None:
-    expect_fail(drive(rate=5.0), "stream joints", "Wanted 20 Hz")
+BAD = {
+    "slow joints, stamps of the future, images of another size": (
+        both({}, rate=5.0, stamp_offset=5.0, camera=(24, 32)),
+        {
+            "stream joints": "Wanted 20 Hz",
+            "stamps joints": "Stamps of the future",
+            "stream wrist_camera": "the contract says (48, 64)",
+        },
+    ),
+    "two drivers, old stamps, degrees, another writer": (
+        both({}, publishers=2, stamp_offset=-3.0, position=(90.0, 45.0), writers=1),
+        {
+            "stream joints": "2 nodes publish here",
+            "stamps joints": "the clocks differ",
+            "posture": "Degrees?",
+            "command arm": "driver already publishes",
+        },
+    ),
+    "no stamps, a joint is missing, no camera, no controller": (
+        both({}, stamp_offset=None, names=("joint_1", "joint_3"), camera=None, controller=False),
+        {
+            "stamps joints": "set stamp: receive",
+            "names joints": "joint_2 are not among joint_1, joint_3",
+            "stream wrist_camera": "nobody publishes",
+            "command arm": "nobody listens",
+            "command gripper": "nobody listens",
+        },
+    ),
+    "gaps that would stop the robot, which is outside of its limits": (
+        both({"rate": 2.0, "stale_after": 0.1}, rate=2.0, position=(1.79, 0.4)),
+        {"stream joints": "it would stop the robot", "posture": "joint_2 at 1.790"},
+    ),
+    "stamps that run backwards, joints that are not finite": (
+        both({}, backwards=True, position=(float("nan"), 0.4)),
+        {"stamps joints": "run backwards", "posture": "not finite"},
+    ),
+    "a message of another type": (
+        both({}, type=Float64MultiArray),
+        {"stream joints": "carries std_msgs/msg/Float64MultiArray"},
+    ),
+    "a reliable subscription to a best effort publisher": (
+        both({"reliability": "reliable"}, reliable=False),
+        {"stream joints": "set reliability: best_effort"},
+    ),
+}
 
 
-def test_gaps_that_would_stop_the_robot(drive: Any) -> None:
-    found = contract()
-    streams = found.streams | {"joints": replace(found.streams["joints"], rate=2.0, stale_after=0.1)}
-    expect_fail(drive(rate=2.0, found=replace(found, streams=streams)), "stream joints", "it would stop the robot")
-
-
-def test_stale_stamps(drive: Any) -> None:
-    expect_fail(drive(stamp_offset=-3.0), "stamps joints", "the clocks differ")
-
-
-def test_stamps_of_the_future(drive: Any) -> None:
-    expect_fail(drive(stamp_offset=5.0), "stamps joints", "Stamps of the future")
-
-
-def test_stamps_that_run_backwards(drive: Any) -> None:
-    expect_fail(drive(backwards=True), "stamps joints", "run backwards")
-
-
-def test_driver_that_does_not_stamp(drive: Any) -> None:
-    expect_fail(drive(stamp_offset=None), "stamps joints", "set stamp: receive")
-
-
-def test_unstamped_driver_is_fine_when_the_contract_says_so(drive: Any) -> None:
-    assert not failed(drive(stamp_offset=None, found=contract(stamp="receive")).values())
-
-
-def test_missing_joint(drive: Any) -> None:
-    expect_fail(drive(names=("joint_1", "joint_3")), "names joints", "joint_2 are not among joint_1, joint_3")
-
-
-def test_degrees(drive: Any) -> None:
-    expect_fail(drive(position=(90.0, 45.0)), "posture", "Degrees?")
-
-
-def test_arm_outside_its_limits(drive: Any) -> None:
-    expect_fail(drive(position=(1.79, 0.4)), "posture", "joint_2 at 1.790")
-
-
-def test_joints_that_are_not_finite(drive: Any) -> None:
-    expect_fail(drive(position=(float("nan"), 0.4)), "posture", "not finite")
-
-
-def test_two_drivers_at_once(drive: Any) -> None:
-    expect_fail(drive(publishers=2), "stream joints", "2 nodes publish here")
-
-
-def test_no_camera(drive: Any) -> None:
-    expect_fail(drive(camera=None), "stream wrist_camera", "nobody publishes")
-
-
-def test_camera_of_another_size(drive: Any) -> None:
-    expect_fail(drive(camera=(24, 32)), "stream wrist_camera", "the contract says (48, 64)")
-
-
-def test_message_of_another_type(drive: Any) -> None:
-    expect_fail(drive(type=Float64MultiArray), "stream joints", "carries std_msgs/msg/Float64MultiArray")
-
-
-def test_reliable_subscription_to_a_best_effort_publisher(drive: Any) -> None:
-    findings = drive(reliable=False, found=contract(reliability="reliable"))
-    expect_fail(findings, "stream joints", "set reliability: best_effort")
-
-
-def test_best_effort_publisher_is_heard_by_default(drive: Any) -> None:
-    assert not failed(drive(reliable=False).values())
-
-
-def test_another_writer_of_commands(drive: Any) -> None:
-    expect_fail(drive(writers=1), "command arm", "driver already publishes")
-
-
-def test_no_controller(drive: Any) -> None:
-    findings = drive(controller=False)
-    assert [name for name, f in findings.items() if f.level == "FAIL"] == ["command arm", "command gripper"]
-    assert "nobody listens" in findings["command arm"].message
+@pytest.mark.parametrize(("given", "wrong"), BAD.values(), ids=BAD)
+def test_every_mistake_is_named_and_nothing_else(
+    drive: Any, given: tuple[dict[str, Any], Contract], wrong: dict[str, str]
+) -> None:
+    driver, found = given
+    findings = drive(seconds=1.5 if found.streams["joints"].rate < 5 else 1.0, found=found, **driver)
+    assert {check for check, finding in findings.items() if finding.level == "FAIL"} == set(wrong)
+    for check, text in wrong.items():
+        assert text in f"{findings[check].message} {findings[check].advice}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from robopolicy.runtime.contract import Contract, read_contract
 from tests.ros_domain import domain_environment, own_domain
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,20 +28,32 @@ def domain() -> Iterator[int]:
 @pytest.fixture(scope="session")
 def bench_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes bundles for ``bench_robot/``; the same arguments give the same bundle."""
-    made: dict[tuple[float, bool], Path] = {}
+    made: dict[tuple[float, float], Path] = {}
 
-    def bundle(reach: float = 0.08, engine: bool = True) -> Path:
-        if (reach, engine) not in made:
+    def bundle(reach: float = 0.08, gain: float = 1.0) -> Path:
+        """Actions lie within ``reach`` of zero; states are multiplied by ``gain``. With a gain it has no engine."""
+        if (reach, gain) not in made:
             path = tmp_path_factory.mktemp("bundle") / "policy"
-            made[reach, engine] = _make_bundle(path, reach, engine)
-        return made[reach, engine]
+            ranges = {"observation.state": np.ones((1, 3)), "action": np.full((1, 4), reach)}
+            both = {key: np.concatenate([-high, high]) for key, high in ranges.items()}
+            made[reach, gain] = make_bundle(path, read_contract(BENCH), both, engine=gain == 1.0, gain=gain)
+        return made[reach, gain]
 
     return bundle
 
 
-def _make_bundle(path: Path, reach: float, engine: bool) -> Path:
-    """An untrained policy whose actions lie within ``reach`` of zero."""
-    import numpy as np
+def make_bundle(
+    path: Path, contract: Contract, ranges: Mapping[str, np.ndarray], *, engine: bool = False, gain: float = 1.0
+) -> Path:
+    """An untrained policy for a robot.
+
+    Args:
+        path: where to save it.
+        contract: of the robot.
+        ranges: (2, D) lowest and highest values of each vector; actions lie between them.
+        engine: with an engine of ONNX Runtime.
+        gain: that damages the normaliser of ``observation.state``.
+    """
     import torch
 
     from robopolicy.data.normalize import Normalizer, fit_normalizer
@@ -47,14 +61,13 @@ def _make_bundle(path: Path, reach: float, engine: bool) -> Path:
     from robopolicy.export.observations import find_observations
     from robopolicy.policies.bundle import load_bundle, save_bundle
     from robopolicy.policies.registry import build_policy
-    from robopolicy.spec import KeySpec, PolicySpec
+    from robopolicy.spec import PolicySpec
 
     torch.manual_seed(0)
-    state = KeySpec("observation.state", (3,), unit="rad")
-    image = KeySpec("observation.image.top", (40, 40, 3), role="image")
-    spec = PolicySpec((state, image), KeySpec("action", (4,), role="action", unit="rad"), 10, 2, 16, 8)
-    ranges = {"observation.state": np.ones(3), "action": np.full(4, reach)}
-    parts = {key: fit_normalizer(np.stack([-high, high]), "minmax") for key, high in ranges.items()}
+    observations = tuple(contract.observation_specs.values())
+    spec = PolicySpec(observations, contract.action_spec, contract.policy_rate, 2, 16, 8)
+    parts = {key: fit_normalizer(rows, "minmax") for key, rows in ranges.items()}
+    parts["observation.state"].scale.mul_(gain)
     config = {"width": 32, "blocks": 1, "process": {"name": "flow"}, "sampler": {"name": "euler", "steps": 2}}
     policy = build_policy("diffusion_mlp", config, spec, Normalizer.from_parts(parts)).eval()
     with torch.no_grad():

@@ -409,7 +409,7 @@ def test_a_policy_that_is_a_little_slow_drives_on(world: World) -> None:
 
 
 def test_a_policy_that_is_much_too_slow(world: World) -> None:
-    world.start_policy(extra_delay=4.0)
+    world.start_policy(extra_delay=3.0)
     world.recover()
     until(lambda: world.client.call("start").success, what="a start")
     world.client.until_state("fault", within=TIMEOUT + BRAKING + SLOW_MACHINE)
@@ -425,6 +425,22 @@ def test_actions_out_of_range(world: World, bench_bundle: Callable[..., Path]) -
     world.client.until_state("fault")
     assert "unusable chunks" in world.client.reason
     assert len(world.robot.trajectories) - before <= 1  # at most that of standing still
+
+
+def test_actions_that_are_not_numbers(world: World, bench_bundle: Callable[..., Path]) -> None:
+    """Of a policy with a damaged normaliser: all is well at zero, where it is warmed up; elsewhere it overflows."""
+    world.start_policy(bundle=str(bench_bundle(gain=1e38)))
+    world.recover()
+    world.robot.joints = moved
+    before = len(world.robot.trajectories)
+    until(lambda: world.client.call("start").success, what="a start")
+    world.client.until_state("fault")
+    assert "unusable chunks" in world.client.reason and "not finite" in world.client.reason
+    assert len(world.robot.trajectories) - before <= 1  # at most that of standing still
+
+
+def moved(message: JointState) -> None:
+    message.position = [0.01 + position for position in message.position]
 
 
 def test_sigterm_brings_the_arm_to_rest_first(world: World) -> None:

@@ -21,7 +21,7 @@ MAX_STEP = 0.2
 
 
 def swing(times: np.ndarray, amplitude: float = 0.1, rate: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and velocities (T, 2) of a motion from rest: peak velocity amplitude*rate, acceleration its rate-fold."""
+    """Positions and velocities (T, 2) of a motion from rest, of velocities up to amplitude * rate."""
     wave = amplitude * (1 - np.cos(rate * times)), amplitude * rate * np.sin(rate * times)
     return np.stack([wave[0], -wave[0]], axis=1), np.stack([wave[1], -wave[1]], axis=1)
 

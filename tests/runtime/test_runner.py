@@ -292,10 +292,13 @@ def test_a_person_takes_over_and_lets_go(resume: bool) -> None:
     robot.start()
     robot.step(0.35)
     chunks = robot.runner.status().counters["chunks"]
-    for _ in range(150):
-        robot.runner.intervene(np.array([-0.5, 0.5]))
+    for target in np.linspace(robot.position, [-0.5, 0.5], 150):
+        robot.runner.intervene(target)
         robot.step()
         assert robot.state is State.INTERVENTION
+    for _ in range(50):
+        robot.runner.intervene(np.array([-0.5, 0.5]))
+        robot.step()
     np.testing.assert_allclose(robot.position, [-0.5, 0.5], atol=1e-2)
     counters = robot.runner.status().counters
     assert counters["chunks"] == chunks  # what was in flight is thrown away
@@ -317,6 +320,121 @@ def test_an_intervention_of_another_size_or_with_nan_is_refused() -> None:
     robot.runner.intervene(np.zeros(3))
     assert robot.state is State.RUNNING
     assert robot.runner.status().counters["refused interventions"] == 2
+
+
+def test_a_person_far_from_the_robot_does_not_take_over() -> None:
+    robot = Robot()
+    robot.start()
+    robot.step(0.2)
+    robot.runner.intervene(robot.position + [0.0, 1.0])
+    assert robot.state is State.RUNNING
+    assert "b is 1.000 from where the robot is" in robot.runner.status().waiting
+
+
+def test_who_is_held_must_let_go_before_taking_over_again() -> None:
+    robot = Robot()
+    robot.start()
+    robot.step(0.2)
+    robot.runner.intervene(robot.position)
+    robot.step(0.05)
+    assert robot.runner.hold() == ""
+    for _ in range(60):
+        robot.runner.intervene(robot.position)
+        robot.step()
+    assert robot.state is State.HOLDING
+    robot.runner.intervene(None)
+    robot.runner.intervene(robot.position)
+    assert robot.state is State.INTERVENTION
+
+
+def test_a_policy_resumes_from_rest_after_a_person_who_moved() -> None:
+    robot = Robot(how=RunnerSettings(resume_after_intervention=True))
+    robot.start()
+    robot.step(0.2)
+    for i in range(60):
+        robot.runner.intervene(robot.position + 0.1 + 0.0 * i)
+        robot.step()
+    speed = robot.commands[-1].velocity.max()
+    assert speed > 0.5
+    robot.runner.intervene(None)
+    before = len(robot.commands)
+    robot.step(0.2)
+    velocities = np.array([c.velocity for c in robot.commands[before:]])
+    assert robot.state is State.RUNNING and velocities.min() > -1e-9  # it slows down, and does not turn back at once
+    robot.check_limits()
+
+
+def test_a_refused_start_arms_nothing() -> None:
+    robot = Robot(with_signals())
+    robot.estop, robot.deadman = False, False
+    robot.step(0.1)
+    assert "not held" in robot.runner.start()
+    assert robot.state is State.IDLE
+
+
+def test_an_estop_is_one_fault_and_its_silence_does_not_disturb_a_stop() -> None:
+    robot = Robot(with_signals())
+    robot.estop, robot.deadman = False, True
+    robot.start()
+    robot.step(0.6)
+    assert robot.runner.stop() == ""
+    robot.estop = None
+    robot.until(State.IDLE, 2.0)
+    assert not robot.runner.status().counters.get("faults")
+    robot.estop = False
+    robot.start()
+    robot.step(0.6)
+    robot.estop = True
+    robot.until(State.FAULT, 2.0)
+    assert robot.runner.status().counters["faults"] == 1
+
+
+def test_a_silent_gripper_stops_too() -> None:
+    """A stream that the policy does not read, but that tells where a commanded joint is."""
+    fingers = Stream("fingers", "sensor_msgs/msg/JointState", rate=50, stale_after=0.05)
+    key = ObservationKey((Part("joints", "interpolate", "position", ("a", "seen")),))
+    robot = Robot(
+        replace(
+            CONTRACT,
+            joints=("a",),
+            streams=CONTRACT.streams | {"fingers": fingers},
+            observations={"observation.state": key},
+        )
+    )
+    robot.publishing = False
+
+    def publish(with_fingers: bool) -> None:
+        now, position = robot.clock.now(), robot.position
+        robot.runner.observe("joints", now, Joints(("a", "seen"), position.copy()))
+        if with_fingers:
+            robot.runner.observe("fingers", now, Joints(("b",), position[1:].copy()))
+
+    for _ in range(40):
+        publish(True)
+        robot.step()
+    assert robot.runner.start() == ""
+    for _ in range(60):
+        publish(False)
+        robot.step()
+    assert robot.state in (State.STOPPING, State.FAULT) and "fingers" in robot.reason
+
+
+def test_a_trajectory_that_comes_late_has_no_seam() -> None:
+    robot = Robot(settings=RealTimeChunkingSettings(execute=4), delay=0.13)
+    robot.start()
+    old = None
+    for _ in range(200):
+        robot.step()
+        if robot.runner.trajectory_due:
+            trajectory = robot.runner.preview()
+            if old is not None:
+                shared = [t for t in trajectory.times[:1] if t in set(old.times)]
+                for t in shared:
+                    now, then = list(trajectory.times).index(t), list(old.times).index(t)
+                    np.testing.assert_allclose(trajectory.positions[now], old.positions[then], atol=1e-12)
+            old = trajectory
+    assert robot.runner.status().counters["chunks"] > 3
+    robot.check_limits()
 
 
 def test_hold_and_stop() -> None:

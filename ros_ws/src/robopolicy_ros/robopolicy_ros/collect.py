@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from robopolicy.errors import UserError
 from robopolicy_ros.client import Client
-from robopolicy_ros.local_nodes import local_nodes
+from robopolicy_ros.local_nodes import end_on_signals, local_nodes
 
 _LAST_ROWS = 0.2  # s until the rows around the end of an episode are complete
 _BEGIN = 15.0  # s within which a demonstration must begin
@@ -129,6 +129,7 @@ def main(args: Sequence[str] | None = None) -> int:
         },
         "recorder_node": {"robot": chosen.robot, "dataset": chosen.dataset},
     }
+    end_on_signals()
     try:
         with local_nodes(nodes) if chosen.robot else nullcontext(), Client("collect") as client:
             done = collect(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from robopolicy.errors import UserError
 from robopolicy.evaluation.statistics import wilson
 from robopolicy_ros.client import Client
-from robopolicy_ros.local_nodes import local_nodes
+from robopolicy_ros.local_nodes import end_on_signals, local_nodes
 
 FIRST_SEED = 100_000
 _AT_REST = ("idle", "armed", "holding", "fault")
@@ -148,6 +148,14 @@ def _come_to_rest(client: Client, policy: str) -> None:
         client.trigger(f"{policy}/stop")
 
 
+def _setting(text: str) -> tuple[str, str]:
+    """Name and value of a ``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"found '{text}', wanted NAME=VALUE")
+    return name, value
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Command line of the evaluation."""
     parser = argparse.ArgumentParser(prog="python -m robopolicy_ros.evaluate", description=__doc__)
@@ -158,7 +166,9 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", help="the policy; with --robot")
     parser.add_argument("--engine", default="", help="of the bundle; with --robot, default its only one, else torch")
     parser.add_argument("--task", default="drawer_close", help="simulated task; with --robot, default drawer_close")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="parameters of the policy's node")
+    parser.add_argument(
+        "--set", nargs="*", type=_setting, default=[], metavar="NAME=VALUE", help="parameters of the policy's node"
+    )
     parser.add_argument("--sim", default="/sim_robot", help="full name of the simulated robot's node")
     parser.add_argument("--policy", default="/policy", help="full name of the policy's node")
     parser.add_argument("--tell-task", action="store_true", help="tell the policy each episode's instruction")
@@ -171,8 +181,9 @@ def main(args: Sequence[str] | None = None) -> int:
     policy = {"robot": chosen.robot, "bundle": chosen.bundle, "engine": chosen.engine}
     nodes = {
         "sim_robot_node": {"robot": chosen.robot, "task": chosen.task},
-        "policy_node": policy | dict(word.split("=", 1) for word in chosen.set),
+        "policy_node": policy | dict(chosen.set),
     }
+    end_on_signals()
     try:
         with local_nodes(nodes) if chosen.robot else nullcontext(), Client("evaluate") as client:
             played = evaluate(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import termios
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,15 @@ def read_calibration(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or set(values) != set(_IDS):
         raise UserError(f"{file}: wanted the motors {', '.join(_IDS)}, found {', '.join(map(str, values))}.")
     return {name: dataclass_from(motors.MotorCalibration, value, f"{file}: {name}") for name, value in values.items()}
+
+
+@contextmanager
+def _plugged_in() -> Iterator[None]:
+    """Of a port whose plug is pulled pyserial lets through what is no OSError."""
+    try:
+        yield
+    except termios.error as error:
+        raise ConnectionError(f"the serial port is gone: {error}") from error
 
 
 class FeetechArm:
@@ -105,6 +117,7 @@ class FeetechArm:
             self.close(release=False)
             raise
 
+    @_plugged_in()
     def _find_servos(self) -> bool:
         """Open the port and ask every servo; whether they hold the calibration. A first answer is easily lost."""
         for tries_left in range(_RETRIES, -1, -1):
@@ -117,6 +130,7 @@ class FeetechArm:
                 self.close(release=False)
         raise AssertionError
 
+    @_plugged_in()
     def _configure(self) -> None:
         """Write permanent settings that differ; that needs the torque off, so it is refused while the arm is held."""
         for name in self.names:
@@ -136,6 +150,7 @@ class FeetechArm:
                 self._bus.write("Lock", name, 1, num_retry=_RETRIES)
             self._bus.write("Acceleration", name, 254, num_retry=_RETRIES)
 
+    @_plugged_in()
     def _hold_here(self) -> None:
         # A servo that is switched on turns at once to its last goal, wherever that was.
         held = [name for name in self.names if self._bus.read("Torque_Enable", name, num_retry=_RETRIES)]
@@ -156,6 +171,7 @@ class FeetechArm:
         self._measured = np.array([values[name] for name in self.names]) / self._units
         return self._measured
 
+    @_plugged_in()
     def write(self, position: np.ndarray) -> np.ndarray:
         """Send goals (6,), at most ``max_relative_target`` from the last measurement; returns what was sent.
 
@@ -176,6 +192,7 @@ class FeetechArm:
         """
         return {name: int(value) for name, value in self._read_all("Present_Temperature").items()}
 
+    @_plugged_in()
     def _read_all(self, register: str) -> dict[str, float]:
         """One register of all servos, with a second try."""
         for last in (False, True):
@@ -190,7 +207,12 @@ class FeetechArm:
                 time.sleep(0.002)
         raise AssertionError
 
+    @_plugged_in()
     def close(self, release: bool) -> None:
-        """Close the port; ``release`` switches the torque off first, and an arm that is not at rest falls."""
+        """Close the port; ``release`` switches the torque off first, and an arm that is not at rest falls.
+
+        Raises:
+            ConnectionError: the bus did not answer.
+        """
         if self._bus.is_connected:
             self._bus.disconnect(disable_torque=release)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from robopolicy.errors import UserError
@@ -13,6 +13,18 @@ from robopolicy_ros.messages import read_command, read_sample
 from robopolicy_ros.stamps import Stamps
 
 INTERVENTION = "intervention"
+
+
+def received_at(info: Mapping[str, Any], stamps: Stamps, now: int) -> int:
+    """When a message came, on the recorder's clock [ns]: as the middleware says, else now.
+
+    Args:
+        info: of rclpy; Cyclone DDS says zero.
+        stamps: between the wall clock and the recorder's.
+        now: the recorder's clock.
+    """
+    wall = int(info["received_timestamp"])
+    return stamps.wall_to_monotonic(wall) if wall else now
 
 
 class Ingest:

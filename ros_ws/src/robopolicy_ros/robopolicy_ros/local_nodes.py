@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from robopolicy.errors import UserError
@@ -27,9 +28,11 @@ def local_nodes(nodes: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
     Raises:
         UserError: a node has ended with an error meanwhile.
     """
-    processes = {name: _start(name, parameters) for name, parameters in nodes.items()}
+    processes: dict[str, subprocess.Popen[bytes]] = {}
     failed: dict[str, int] = {}
     try:
+        for name, parameters in nodes.items():
+            processes[name] = _start(name, parameters)
         yield
     finally:
         failed = {name: code for name, process in processes.items() if (code := process.poll())}
@@ -38,6 +41,19 @@ def local_nodes(nodes: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
         if failed:
             named = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
             raise UserError(f"Ended by themselves: {named}. What they said is above.")
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process through its ``finally`` blocks, so that its nodes end, too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)  # the nodes are given their time
+    raise SystemExit(128 + number)
 
 
 def _start(name: str, parameters: Mapping[str, Any]) -> subprocess.Popen[bytes]:

@@ -244,11 +244,13 @@ class TrajectoryCheck:
         before, speed = self._running.at(sent + first)
         bounds, jitter = self.bounds, self.slack.jitter
         reach = first + jitter
-        if (np.abs(velocity - speed) > 2 * bounds.acceleration * reach + 1e-3).any():
-            self.violations.add("seam velocity", f"{np.abs(velocity - speed).max():.4g}")
+        jump, change = np.abs(position - before), np.abs(velocity - speed)
+        about = f"{1e3 * first:.1f} ms after it was sent, at {np.abs(speed).max():.4g} before"
+        if (change > 2 * bounds.acceleration * reach + 1e-3).any():
+            self.violations.add("seam velocity", f"{change.max():.4g} {about}")
         allowed = bounds.acceleration * reach**2 + np.maximum(np.abs(speed), np.abs(velocity)) * jitter
-        if (np.abs(position - before) > allowed + self.slack.position).any():
-            self.violations.add("seam position", f"{np.abs(position - before).max():.4g}")
+        if (jump > allowed + self.slack.position).any():
+            self.violations.add("seam position", f"{jump.max():.4g} {about}")
 
 
 class RotationCheck:

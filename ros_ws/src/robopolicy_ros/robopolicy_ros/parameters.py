@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import yaml
@@ -14,15 +14,15 @@ from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescri
 from rclpy.node import Node
 
 from robopolicy.configuration import dataclass_from
-from robopolicy.errors import UserError, did_you_mean
+from robopolicy.errors import UserError
 from robopolicy.inference.observations import task_indices
 from robopolicy.runtime.chunk_scheduler import SchedulerSettings
 from robopolicy.runtime.runner import RunnerSettings
+from robopolicy.runtime.settings import SCHEDULERS
+from robopolicy.runtime.settings import scheduler_settings as settings_of
 from robopolicy.spec import KeySpec, PolicySpec
 
 Value = str | int | float | bool
-SCHEDULERS: dict[str, type] = {kind.__dataclass_fields__["name"].default: kind for kind in get_args(SchedulerSettings)}
-"""Settings of the ways to execute chunks, by name."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,14 @@ PARAMETERS = (
     Parameter("scheduler.delay.percentile", 100.0, "of these that is expected; 100: their largest", (0.0, 100.0)),
     Parameter("lookahead", 0.1, "seconds ahead at which the plan is aimed at; longer is smoother", (0.001, 1.0)),
     Parameter("seed", 0, "of the policy's noise", (0, 2**31 - 1)),
-    Parameter("speed_scale", 1.0, "factor on the velocities of safety.yaml; start low", (0.01, 1.0)),
+    Parameter(
+        "speed_scale",
+        1.0,
+        "factor on the velocities of safety.yaml, start low; it clips speeds: a path is cut, not stretched in time",
+        (0.01, 1.0),
+    ),
     Parameter("resume_after_intervention", False, "go on when a person lets go; otherwise hold until started again"),
+    Parameter("intervention_timeout", 0.25, "seconds without a target after which a person has let go", (0.01, 60.0)),
     Parameter("dry_run", False, "publish commands below ~/shadow/ and nowhere else"),
     Parameter("instruction", "", "what to do, for policies with tasks", live=True),
     Parameter(
@@ -125,30 +131,24 @@ def scheduler_settings(values: Mapping[str, Value]) -> SchedulerSettings:
         UserError: there is no such scheduler, or a setting was changed that it does not have.
     """
     name = str(values["scheduler.name"])
-    if name not in SCHEDULERS:
-        raise UserError(f"scheduler.name='{name}' is no way to execute chunks.{did_you_mean(name, SCHEDULERS)}")
-    kind = SCHEDULERS[name]
-    mine = {field.name for field in dataclasses.fields(kind)}
-    chosen: dict[str, Any] = {"name": name, "delay": {}}
+    mine = {field.name for field in dataclasses.fields(settings_of(name, {}))} - {"name"}
+    changed: dict[str, Any] = {}
     for parameter in PARAMETERS:
         group, _, setting = parameter.name.partition(".")
-        if group != "scheduler" or setting == "name":
-            continue
         value = values[parameter.name]
-        if setting.startswith("delay."):
-            chosen["delay"][setting.removeprefix("delay.")] = value
-        elif setting in mine:
-            chosen[setting] = value
-        elif value != parameter.default:
-            has = ", ".join(sorted(mine - {"name", "delay"}))
+        if group != "scheduler" or setting == "name" or value == parameter.default:
+            continue
+        outer, _, inner = setting.rpartition(".")
+        if (outer or setting) not in mine:
+            has = ", ".join(sorted(mine - {"delay"}))
             raise UserError(f"{parameter.name}={value}: scheduler.name={name} has no such setting; it has {has}.")
-    settings: SchedulerSettings = dataclass_from(kind, chosen, "scheduler")
-    return settings
+        (changed.setdefault(outer, {}) if outer else changed)[inner] = value
+    return settings_of(name, changed)
 
 
 def runner_settings(values: Mapping[str, Value]) -> RunnerSettings:
     """The settings of the runner."""
-    names = ("seed", "lookahead", "resume_after_intervention")
+    names = ("seed", "lookahead", "resume_after_intervention", "intervention_timeout")
     return dataclass_from(RunnerSettings, {name: values[name] for name in names}, "")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import math
 import os
 import sys
@@ -44,7 +45,7 @@ from robopolicy.runtime.exchange import Chunk, Command
 from robopolicy.runtime.limits import Limits
 from robopolicy.runtime.robots import Robot, read_robot
 from robopolicy.runtime.runner import Runner, check_fit
-from robopolicy.runtime.states import State
+from robopolicy.runtime.states import Event, State
 from robopolicy.runtime.worker import ProcessWorker
 from robopolicy.spec import PolicySpec
 from robopolicy_ros import parameters, qos, spin
@@ -58,6 +59,8 @@ from robopolicy_ros.messages import (
     trajectory_message,
 )
 from robopolicy_ros.stamps import Stamps
+
+log = logging.getLogger(__name__)
 
 DDS_PROFILE = "FASTDDS_DEFAULT_PROFILES_FILE"
 TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
@@ -132,8 +135,10 @@ class PolicyNode(LifecycleNode):
 
     def end(self, reason: str) -> None:
         """Stop the robot, then the policy."""
-        if self._active is not None:
-            self._come_to_rest(self._active, reason)
+        try:
+            if self._active is not None:
+                self._come_to_rest(self._active, reason)
+        finally:
             self._take_down()
 
     # Transitions.
@@ -380,22 +385,46 @@ class PolicyNode(LifecycleNode):
         for topic, publisher in active.outputs:
             if topic.type == TRAJECTORY:
                 message = trajectory_message(trajectory, topic, self._monotonic.now())
-                if message is not None:
+                if message is None:  # this process was held up: the path is over before it was sent
+                    active.runner.trajectory_due = True
+                else:
                     publisher.publish(message)
 
     def _come_to_rest(self, active: _Active, reason: str) -> None:
         """The controlled stop, in this thread; needs neither the executor nor the policy."""
-        runner = active.runner
-        runner.stop(reason)
+        machine = active.runner.machine
+        try:
+            active.runner.stop(reason)
+            self._say(active)
+            self._until(lambda: machine.state is not State.STOPPING, active, partial(self._send, active))
+        except Exception:
+            log.exception("The stop failed; what is left is braking.")
+            if machine.state in _MOVING:
+                self._brake(active)
+                machine.handle(Event.STOP, reason)
+                machine.handle(Event.AT_REST)
         self._say(active)
-        period = nanoseconds(runner.period)
+
+    def _brake(self, active: _Active) -> None:
+        """Slow down with as little of the runner as possible; trajectories that were sent end at rest by themselves."""
+        runner = active.runner
+
+        def brake() -> None:
+            point = runner.filter.brake()
+            time = self._monotonic.now() + nanoseconds(runner.period)
+            self._publish_set_points(active, Command(time, point.position, point.velocity, point.acceleration))
+
+        self._until(lambda: runner.filter.at_rest, active, brake)
+
+    def _until(self, rests: Callable[[], bool], active: _Active, send: Callable[[], None]) -> None:
+        """Send in every period of the command loop until the robot rests."""
+        period = nanoseconds(active.runner.period)
         following = self._monotonic.now()
         give_up = following + nanoseconds(_LONGEST_STOP)
-        while runner.machine.state is State.STOPPING and following < give_up:
-            self._send(active)
+        while not rests() and following < give_up:
+            send()
             following = max(following + period, self._monotonic.now() - period)
             time.sleep(max(0, following - self._monotonic.now()) / NS)
-        self._say(active)
 
     # What the node says.
 
@@ -413,7 +442,8 @@ class PolicyNode(LifecycleNode):
         runner, now = active.runner, self._monotonic.now()
         if runner.machine.state in _MOVING and (why := self._other_publishers(active)):
             runner.estop(why)
-        if self.get_parameter("auto_start").value and not active.started and runner.machine.state is State.IDLE:
+        waits = not active.started and runner.machine.state in (State.IDLE, State.ARMED)
+        if waits and self.get_parameter("auto_start").value:
             self._start(active)
         streams = {
             name: {"messages": counts.accepted, "gaps": counts.missed, "unreadable": active.unreadable[name]}
@@ -462,11 +492,13 @@ class PolicyNode(LifecycleNode):
 
     def _other_publishers(self, active: _Active) -> str:
         """Who else commands the robot; commands of two nodes would fight."""
+        own = self.get_fully_qualified_name()
         for _, publisher in active.outputs:
             found = self.get_publishers_info_by_topic(publisher.topic_name)
-            if len(found) > 1:
-                names = [f"{info.node_namespace.rstrip('/')}/{info.node_name}" for info in found]
-                names.remove(self.get_fully_qualified_name())
+            names = [f"{info.node_namespace.rstrip('/')}/{info.node_name}" for info in found]
+            if own in names:
+                names.remove(own)
+            if names:
                 return f"Another node publishes on {publisher.topic_name}, too: {', '.join(names)}. Stop it first."
         return ""
 

@@ -20,8 +20,8 @@ LATCHED = QoSProfile(
 )
 """Newest value, also for those who come later."""
 
-SIGNAL = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=ReliabilityPolicy.RELIABLE)
-"""Stopping topics, which are repeated."""
+SIGNAL = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=10, reliability=ReliabilityPolicy.RELIABLE)
+"""Stopping topics, which are repeated; a short press while a node is busy is not lost."""
 
 
 def subscription(stream: Stream) -> QoSProfile:

@@ -26,7 +26,7 @@ from robopolicy.runtime.recorder import EpisodeRecorder, Phase, open_recording
 from robopolicy.runtime.robots import read_robot
 from robopolicy_ros import qos, spin
 from robopolicy_ros.bag import BagWriter
-from robopolicy_ros.ingest import Ingest, topics
+from robopolicy_ros.ingest import Ingest, received_at, topics
 from robopolicy_ros.messages import MESSAGE_TYPES
 from robopolicy_ros.stamps import Stamps
 
@@ -122,8 +122,8 @@ class RecorderNode(Node):
         return listen
 
     def _received(self, topic: str, kind: str, message: Any, info: Any) -> int:
-        """When a message came [ns], as the middleware says; written to the bag with this time."""
-        received = self._stamps.wall_to_monotonic(info["received_timestamp"])
+        """When a message came [ns]; written to the bag with this time."""
+        received = received_at(info, self._stamps, self._monotonic.now())
         if self._bag is not None:
             self._bag.write(topic, kind, received + self._stamps.offset, serialize_message(message))
         return received

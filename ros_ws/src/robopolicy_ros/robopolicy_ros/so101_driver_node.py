@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rcl_interfaces.msg import ParameterDescriptor
+from rclpy.clock import Clock
+from rclpy.clock_type import ClockType
 from rclpy.node import Node
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
@@ -37,7 +39,7 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
     "robot": ("so101", "name or folder of the robot: its contract and limits"),
     "rate": (50.0, "bus cycles per second; a cycle takes 3 to 6 ms"),
     "max_relative_target": (0.5, "largest distance of a goal from the measured position [rad, share of the opening]"),
-    "park": ([0.0], "posture to go to before the node ends, in the order of the contract's action; [0.0]: stay"),
+    "park": ([0.0], "posture to go to when a signal ends the node, in the order of the contract's action; [0.0]: stay"),
     "park_speed": (0.4, "largest speed on the way there [rad/s]"),
     "release": (False, "switch the torque off at the end; an arm that does not lie falls"),
 }
@@ -131,10 +133,14 @@ class So101Driver(Node):
     The bus is read and written in one timer: it takes a quarter of the period, and nothing else here is in a hurry.
     After `FAILURES` cycles without an answer the node is in fault: it commands nothing (the servos hold their last
     goal by themselves) and publishes no joint states until the bus answers and ``~/reset_fault`` is called.
+
+    Args:
+        interrupted: the arm is parked at the end only if a signal has set it, not after an exception.
     """
 
-    def __init__(self, **node_options: Any) -> None:
+    def __init__(self, interrupted: spin.Interrupted | None = None, **node_options: Any) -> None:
         super().__init__("so101_driver", **node_options)
+        self._interrupted = interrupted
         for name, (value, text) in PARAMETERS.items():
             self.declare_parameter(name, value, ParameterDescriptor(description=text, read_only=True))
         values = {name: self.get_parameter(name).value for name in PARAMETERS}
@@ -164,8 +170,9 @@ class So101Driver(Node):
             receive = partial(self._receive, name, command)
             self.create_subscription(MESSAGE_TYPES[command.type], command.topic, receive, COMMAND_SUBSCRIPTION)
         self.create_service(Trigger, "~/reset_fault", self._reset)
-        self.create_timer(1 / values["rate"], self.cycle)
-        self.create_timer(1.0, self._diagnose)
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(1 / values["rate"], self.cycle, clock=steady)
+        self.create_timer(1.0, self._diagnose, clock=steady)
         self.get_logger().info(f"{robot.contract.robot} on {values['port']}: {len(names)} servos, torque on, holding")
 
     def cycle(self) -> None:
@@ -240,14 +247,17 @@ class So101Driver(Node):
         return True
 
     def end(self, reason: str) -> None:
-        """Go to the posture for parking, keep the torque on unless it is to be released, close the port."""
+        """Go to the posture for parking, keep the torque on unless it is to be released, close the port.
+
+        After anything but a signal the arm stays where it is, with its torque on.
+        """
         self.get_logger().info(reason)
-        release = self._release
+        release = False
         try:
-            if not self.fault:
+            if self._interrupted is not None and self._interrupted.is_set() and not self.fault:
                 self._go_to_park()
+                release = self._release
         except (ConnectionError, OSError) as error:
-            release = False
             self.get_logger().error(f"The arm could not be parked: {error}. It holds its last goal.")
         try:
             self.arm.close(release)
@@ -284,7 +294,7 @@ def _park_posture(values: Sequence[float], size: int) -> np.ndarray | None:
 
 def main(args: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM, then park the arm."""
-    return spin.run(lambda interrupted: So101Driver(), args)
+    return spin.run(So101Driver, args)
 
 
 if __name__ == "__main__":

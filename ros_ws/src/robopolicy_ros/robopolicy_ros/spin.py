@@ -31,13 +31,17 @@ class MovesRobot(Protocol):
 
 
 class Interrupted(threading.Event):
-    """Set by SIGINT and SIGTERM, instead of rclpy's handlers, which would cut the node off while the robot moves."""
+    """Set by SIGINT, SIGTERM and SIGHUP, instead of rclpy's handlers, which would cut off a node whose robot moves.
+
+    SIGHUP, which a terminal sends when it is closed, stays ignored where it is (``nohup``).
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.signal = ""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name

@@ -72,6 +72,15 @@ class Operator:
         self._target = target
         return self._with_gripper(target, command)
 
+    def rest(self, command: Command, joints: np.ndarray) -> np.ndarray:
+        """The action (A,) that keeps the arm where it is; the gripper counts as being where the device wants it.
+
+        Args:
+            command: of the device.
+            joints: (n,) measured angles [rad].
+        """
+        return self._with_gripper(np.zeros(6) if self._kind == "tool_twist" else joints, command)
+
     def _with_gripper(self, arm: np.ndarray, command: Command) -> np.ndarray:
         return np.append(arm, command.opening) if self._gripper else arm
 
