@@ -189,6 +189,8 @@ class Runner:
         self._signals.values[name], self._signals.times[name] = value, self.clock.now()
         if name == "estop" and value:
             self.estop("The e-stop is pressed.")
+        if name == "deadman" and not value and self.machine.state is State.RUNNING:
+            self._handle(Event.HOLD, "The dead man's switch is not held.")
 
     def intervene(self, target: np.ndarray | None) -> None:
         """A person drives to ``target`` (A,), in action space, or lets go (None)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from robopolicy.configuration import dataclass_from
-from robopolicy.errors import UserError
+from robopolicy.errors import UserError, did_you_mean
 from robopolicy.runtime.chunk_scheduler import (
     AsynchronousSettings,
     RealTimeChunkingSettings,
@@ -33,5 +33,7 @@ def scheduler_settings(name: str, values: Mapping[str, Any]) -> SchedulerSetting
         UserError: there is none of this name, or it has no such setting.
     """
     if name not in SCHEDULERS:
-        raise UserError(f"There is no scheduler '{name}'; choose one of {', '.join(SCHEDULERS)}.")
+        raise UserError(
+            f"There is no scheduler '{name}'; choose one of {', '.join(SCHEDULERS)}.{did_you_mean(name, SCHEDULERS)}"
+        )
     return dataclass_from(_Chosen, {"scheduler": {"name": name, **values}}, "").scheduler

@@ -228,6 +228,26 @@ def test_silent_bus_is_an_error(bus: FeetechBus, servos: list[Servo], calibratio
     arm.close(release=False)
 
 
+def unplug(bus: FeetechBus) -> None:
+    """Pull the plug: the port is open, and whatever is done with it fails."""
+    bus._end.set()
+    bus._thread.join(5)
+    os.close(bus._master)
+    os.close(bus._slave)
+
+
+def test_pulling_the_plug_is_an_error(servos: list[Servo], calibration: Path) -> None:
+    bus = FeetechBus(servos).__enter__()
+    arm = FeetechArm(bus.port, calibration, 0.5)
+    arm.connect()
+    start = arm.read()
+    unplug(bus)
+    for action in (arm.read, arm.temperatures, lambda: arm.write(start)):
+        with pytest.raises(OSError, match="port is gone"):
+            action()
+    arm.close(release=False)
+
+
 # What the arm is told between the messages.
 
 
@@ -380,6 +400,33 @@ def test_silent_bus_is_reported_and_stops_the_node(robot: Robot, bus: FeetechBus
     assert robot.spin(lambda: len(robot.states) > seen + 5)
     robot.arm.publish(trajectory(JOINTS, [0.0] * 5, 1.0))
     assert robot.spin(lambda: abs(robot.position()["shoulder_pan"]) < 0.01)
+
+
+def test_pulling_the_plug_is_a_fault_that_stays(servos: list[Servo], calibration: Path, ros_context: Any) -> None:
+    bus = FeetechBus(servos).__enter__()
+    running = Robot(ros_context, bus.port, calibration)
+    try:
+        assert running.spin(running.ready)
+        unplug(bus)
+        assert running.spin(lambda: bool(running.driver.fault))
+        assert running.spin(lambda: any(status.level == DiagnosticStatus.ERROR for status in running.diagnostics))
+        assert not running.driver._reset(Trigger.Request(), Trigger.Response()).success
+        assert "port is gone" in running.driver.fault
+    finally:
+        running.close()
+
+
+def test_after_an_exception_the_arm_stays_where_it_is(
+    bus: FeetechBus, servos: list[Servo], calibration: Path, ros_context: Any
+) -> None:
+    before = [true_position(servo) for servo in servos]
+    park = [0.3, -0.3, 0.3, -0.3, 0.3, 0.5]
+    running = Robot(ros_context, bus.port, calibration, park=park, park_speed=1.0, release=True)
+    assert running.spin(running.ready)
+    running.close()  # as `spin.run` ends it, no signal having come
+    time.sleep(0.2)
+    assert [true_position(servo) for servo in servos] == pytest.approx(before, abs=2 * STEP)
+    assert all(servo.torque for servo in servos)
 
 
 _deadlines: dict[str, float] = {}

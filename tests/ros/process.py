@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,19 @@ def until(condition: Callable[[], Any], timeout: float = TIMEOUT, what: str | Ca
 class NodeProcess:
     """``python -m robopolicy_ros.<module>`` with parameters.
 
+    Args:
+        module, name: of the node.
+        parameters: of the node.
+        folder: for its parameter file and its log.
+        within: a command that runs it, as ``nsenter``.
+
     Attributes:
         process: of the node.
         log: what it wrote so far goes there.
     """
 
     def __init__(
-        self, module: str, name: str, parameters: Mapping[str, Any], folder: Path, env: Mapping[str, str] | None = None
+        self, module: str, name: str, parameters: Mapping[str, Any], folder: Path, within: Sequence[str] = ()
     ) -> None:
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump({"/**": {"ros__parameters": dict(parameters)}}))
@@ -53,10 +59,10 @@ class NodeProcess:
         command = [sys.executable, "-m", f"robopolicy_ros.{module}", "--ros-args", "-r", f"__node:={name}"]
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
-                [*command, "--params-file", str(file)],
+                [*within, *command, "--params-file", str(file)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
 
     def said(self, text: str) -> bool:

@@ -24,6 +24,7 @@ from robopolicy.runtime.contract import CommandTopic
 from robopolicy.runtime.exchange import Command, Trajectory
 from robopolicy.runtime.samples import Joints, Pose, Wrench
 from robopolicy_ros import messages
+from robopolicy_ros.ingest import received_at
 from robopolicy_ros.stamps import Stamps, stamp_ns
 
 STAMPS = Stamps(5 * NS)
@@ -212,6 +213,12 @@ def test_a_chunk_tells_its_shape() -> None:
     message = messages.chunk_message(np.arange(6.0).reshape(2, 3))
     assert [(d.label, d.size, d.stride) for d in message.layout.dim] == [("horizon", 2, 6), ("action", 3, 3)]
     assert isinstance(message, Float64MultiArray) and list(message.data) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_middleware_that_does_not_say_when_a_message_came() -> None:
+    info = {"source_timestamp": 3, "received_timestamp": 7 * NS}
+    assert received_at(info, STAMPS, 11) == 2 * NS
+    assert received_at(info | {"received_timestamp": 0}, STAMPS, 11) == 11
 
 
 def test_stamps_and_the_clock() -> None:

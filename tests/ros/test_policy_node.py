@@ -22,6 +22,7 @@ from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
 from robopolicy.errors import UserError
+from robopolicy.runtime.settings import KINDS
 from robopolicy.spec import KeySpec, PolicySpec, TaskSpec
 from robopolicy_ros import parameters, qos
 from tests.ros.conftest import BENCH
@@ -227,7 +228,7 @@ def test_every_setting_of_every_scheduler_is_a_parameter():
     import dataclasses
 
     known = {p.name: p.default for p in parameters.PARAMETERS if p.name.startswith("scheduler.")}
-    for kind in parameters.SCHEDULERS.values():
+    for kind in KINDS:
         for field in dataclasses.fields(kind):
             if field.name == "delay":
                 for inner in dataclasses.fields(field.default_factory):
@@ -235,5 +236,5 @@ def test_every_setting_of_every_scheduler_is_a_parameter():
             elif field.name != "name":
                 assert known[f"scheduler.{field.name}"] == field.default
     values = {p.name: p.default for p in parameters.PARAMETERS}
-    for name, kind in parameters.SCHEDULERS.items():
-        assert parameters.scheduler_settings(values | {"scheduler.name": name}) == kind()
+    for kind in KINDS:
+        assert parameters.scheduler_settings(values | {"scheduler.name": kind.name}) == kind()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ pytest.importorskip("rclpy", reason="rclpy is not installed; see docs/ros_record
 pytest.importorskip("robopolicy_sim", reason="the simulator is not installed")
 pytest.importorskip("pygame", reason="pygame is not installed")
 import rclpy
-from geometry_msgs.msg import PoseStamped
+import yaml
+from geometry_msgs.msg import PoseStamped, TwistStamped
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import JointState
+from trajectory_msgs.msg import JointTrajectory
 
 from robopolicy.errors import UserError
 from robopolicy.runtime.robots import read_robot
 from robopolicy.teleoperation.command import Command, SessionKey
 from robopolicy_ros import qos
+from robopolicy_ros.messages import MESSAGE_TYPES
 from robopolicy_ros.teleop_node import TeleopNode
 from robopolicy_ros.teleoperation import Operator
 from tests.ros.conftest import PACKAGE
@@ -42,11 +46,14 @@ class Script:
     def __init__(self) -> None:
         self.command = Command(np.zeros(6))
         self.resets = 0
+        self.lost = False
 
     def tell(self, twist: np.ndarray, *keys: SessionKey, opening: float = 1.0) -> None:
         self.command = Command(twist, opening, frozenset(keys))
 
     def read(self, events: Sequence[Any]) -> Command:
+        if self.lost:
+            raise UserError("The device is lost.")
         command = self.command
         self.command = Command(command.twist, command.opening)  # keys are told once
         return command
@@ -66,8 +73,8 @@ def context() -> Iterator[Context]:
     rclpy.try_shutdown(context=context)
 
 
-def make(context: Context, device: Script, target: str) -> TeleopNode:
-    values = {"robot": str(ROBOT), "target": target, "rate": 50.0}
+def make(context: Context, device: Script, target: str, robot: Path = ROBOT) -> TeleopNode:
+    values = {"robot": str(robot), "target": target, "rate": 50.0}
     overrides = [Parameter(name, value=value) for name, value in values.items()]
     node = TeleopNode(device=device, events=list, context=context, parameter_overrides=overrides)
     node.begin()
@@ -125,6 +132,100 @@ def test_an_operator_drives_and_takes_over(context: Context, tmp_path: Path) -> 
         teleop.destroy_node()
         watch.destroy_node()
         assert sim.end() == 0, sim.log.read_text()
+
+
+class FollowingRobot(Node):
+    """Joints that are at once where they are told to be, and all that was told."""
+
+    def __init__(self, context: Context, node: TeleopNode, start: np.ndarray) -> None:
+        super().__init__("robot", context=context)
+        self._names = node.contract.joints
+        self._positions = start
+        self.told: list[np.ndarray] = []
+        self._publisher = self.create_publisher(JointState, "joint_states", 10)
+        for name, command in node.contract.commands.items():
+            kind = MESSAGE_TYPES[command.type]
+            self.create_subscription(kind, command.topic, partial(self._take, name), qos.COMMAND_SUBSCRIPTION)
+        self.create_timer(0.01, self._publish)
+
+    def _take(self, name: str, message: Any) -> None:
+        if isinstance(message, JointTrajectory):
+            self._positions = np.array(message.points[-1].positions)
+            self.told.append(self._positions)
+        elif isinstance(message, TwistStamped):
+            linear, angular = message.twist.linear, message.twist.angular
+            self.told.append(np.array([linear.x, linear.y, linear.z, angular.x, angular.y, angular.z]))
+
+    def _publish(self) -> None:
+        message = JointState(name=[*self._names, "gripper_opening"], position=[*self._positions.tolist(), 0.5])
+        message.header.stamp = self.get_clock().now().to_msg()
+        self._publisher.publish(message)
+
+
+def slow_robot(folder: Path, twist: bool) -> Path:
+    """``ROBOT`` with joints of 0.1 rad/s, or commanded by twists of at most 0.05."""
+    contract, safety = (yaml.safe_load((ROBOT / f"{name}.yaml").read_text()) for name in ("contract", "safety"))
+    limits = {"lower": -6.0, "upper": 6.0, "velocity": 0.1, "acceleration": 1.0, "jerk": 20.0}
+    if twist:
+        names = ["vx", "vy", "vz", "wx", "wy", "wz"]
+        contract["action"] = {"names": names, "kind": "tool_twist", "unit": "m/s"}
+        topic = {"topic": "twist", "type": "geometry_msgs/msg/TwistStamped", "entries": list(range(6))}
+        contract["commands"] = {"arm": topic}
+        safety["axes"] = dict.fromkeys(names, limits | {"lower": -0.05, "upper": 0.05})
+    else:
+        for name in contract["joints"]:
+            safety["axes"][name] = limits
+    for name, content in (("contract", contract), ("safety", safety)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+@pytest.mark.parametrize("twist", [False, True], ids=["joints", "twist"])
+@pytest.mark.parametrize("ending", ["given back", "device lost", "node ends"])
+def test_commands_keep_the_limits_and_end_at_rest(context: Context, tmp_path: Path, twist: bool, ending: str) -> None:
+    from robopolicy_sim.arms.arm import find_arm
+
+    device = Script()
+    teleop = make(context, device, "commands", slow_robot(tmp_path, twist))
+    robot = FollowingRobot(context, teleop, np.array(find_arm("ur5e").home))
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(teleop)
+    executor.add_node(robot)
+
+    def spin(condition: Any, what: str) -> None:
+        def holds() -> bool:
+            executor.spin_once(timeout_sec=0.02)
+            return bool(condition())
+
+        until(holds, what=what)
+
+    try:
+        spin(lambda: teleop._buffer.measured() is not None, "joint states")
+        device.tell(10 * UP, SessionKey.TOGGLE)
+        spin(lambda: len(robot.told) > 40, "it moves")
+        driven = len(robot.told)
+        if ending == "given back":
+            device.tell(10 * UP, SessionKey.TOGGLE)
+        elif ending == "device lost":
+            device.lost = True
+        else:
+            teleop.end("the test")
+        spin(lambda: not teleop.driving and not teleop._braking, "letting go")
+        spin(lambda: len(robot.told) > driven, "the last set points")
+        for _ in range(200):  # the last ones may still be on their way
+            executor.spin_once(timeout_sec=0.005)
+        told = np.stack(robot.told)
+        if twist:
+            assert np.abs(told).max() == pytest.approx(0.05, rel=0.05)
+            assert not told[-1].any()
+        else:
+            speeds = np.abs(np.diff(told, axis=0)).max(axis=1) / 0.02
+            assert speeds.max() < 0.25 and np.median(speeds[20:driven]) == pytest.approx(0.1, rel=0.3)
+            assert speeds[-1] < 0.05  # at the end of a braking ramp
+    finally:
+        executor.shutdown()
+        teleop.destroy_node()
+        robot.destroy_node()
 
 
 def test_the_target_stays_near_the_tool() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class World:
         domain: of ROS.
         folder: for parameters and logs.
         bundle: of the policy that is used where no other is named.
+        within: a command that runs the policy node, as ``nsenter``.
 
     Attributes:
         robot: the fake robot.
@@ -32,8 +34,8 @@ class World:
         policy: the node's process, while there is one.
     """
 
-    def __init__(self, domain: int, folder: Path, bundle: Path) -> None:
-        self._folder, self._bundle, self._count = folder, bundle, 0
+    def __init__(self, domain: int, folder: Path, bundle: Path, within: Sequence[str] = ()) -> None:
+        self._folder, self._bundle, self._within, self._count = folder, bundle, within, 0
         self._threads = Spinning(domain)
         self.robot: FakeRobot = self._threads.add(FakeRobot(self._threads.context))
         self.node = self._threads.add(rclpy.create_node("tester", context=self._threads.context))
@@ -64,7 +66,7 @@ class World:
         given = {"robot": str(BENCH), "bundle": str(self._bundle)} | parameters
         folder = self._folder / str(self._count)
         folder.mkdir()
-        self.policy = NodeProcess("policy_node", "policy", given, folder)
+        self.policy = NodeProcess("policy_node", "policy", given, folder, self._within)
         return self.policy
 
     def end_policy(self) -> None:

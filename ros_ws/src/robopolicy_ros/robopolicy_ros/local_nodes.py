@@ -15,6 +15,7 @@ from typing import Any
 from robopolicy.errors import UserError
 
 PROFILE = "FASTDDS_DEFAULT_PROFILES_FILE"
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _ENDING = 15.0  # s for a node to come to rest and end
 
 
@@ -31,8 +32,9 @@ def local_nodes(nodes: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
     processes: dict[str, subprocess.Popen[bytes]] = {}
     failed: dict[str, int] = {}
     try:
-        for name, parameters in nodes.items():
-            processes[name] = _start(name, parameters)
+        with _undisturbed():
+            for name, parameters in nodes.items():
+                processes[name] = _start(name, parameters)
         yield
     finally:
         failed = {name: code for name, process in processes.items() if (code := process.poll())}
@@ -45,13 +47,30 @@ def local_nodes(nodes: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
 
 def end_on_signals() -> None:
     """Let SIGTERM and SIGHUP end this process through its ``finally`` blocks, so that its nodes end, too."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in _ENDING_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _exit)
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put signals off to the end: a node that is just being started is not known yet and would be left behind."""
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *_ENDING_SIGNALS)}
+    put_off = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    for number in put_off:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in put_off.items():
+            signal.signal(number, handler)
+        for each in came[:1]:
+            signal.raise_signal(each)
+
+
 def _exit(number: int, frame: FrameType | None) -> None:
-    for each in (signal.SIGTERM, signal.SIGHUP):
+    for each in _ENDING_SIGNALS:
         signal.signal(each, signal.SIG_IGN)  # the nodes are given their time
     raise SystemExit(128 + number)
 

@@ -74,7 +74,6 @@ class TeleopNode(Node):
             raise UserError("The contract has no topic for interventions; add one, e.g. 'intervention: intervention'.")
         self._period = 1 / values["rate"]
         self._operator = Operator(self.contract, values["arm"], self._period)
-        self._filter = SafetyFilter(self.contract, robot.limits, self._period)
         require_extra("pygame", "teleop")
         from robopolicy.teleoperation.devices.keyboard import session_keys
 
@@ -93,6 +92,7 @@ class TeleopNode(Node):
         if self._intervenes:
             self._takeover = self.create_publisher(JointState, self.contract.intervention, qos.COMMAND)
         else:
+            self._filter = SafetyFilter(self.contract, robot.limits, self._period)
             self._outputs: dict[str, Any] = {
                 name: self.create_publisher(MESSAGE_TYPES[command.type], command.topic, qos.COMMAND)
                 for name, command in self.contract.commands.items()
@@ -121,13 +121,21 @@ class TeleopNode(Node):
         self._buffer.add(name, stamp, now, read_joints(message))
 
     def _cycle(self) -> None:
+        command = self._asked()
+        if command is not None:
+            self._drive(command)
+        elif self._braking:
+            self._brake()
+
+    def _asked(self) -> Command | None:
+        """What the person wants; None while they do not drive."""
         assert self._events is not None
         events = self._events()
         try:
             command = self.device.read(events)
         except UserError as error:
             self._let_go(str(error))
-            return
+            return None
         keys = command.keys | self._session_keys(events)
         if SessionKey.QUIT in keys:
             raise SystemExit(0)
@@ -136,13 +144,11 @@ class TeleopNode(Node):
                 self._let_go("control is given back")
             else:
                 self._take(command)
-        if self._braking:
-            self._brake()
-        if not self.driving:
-            return
-        if self._buffer.age(self.contract.measured, self._monotonic.now()) > self._stale_after:
+        if self.driving and self._buffer.age(self.contract.measured, self._monotonic.now()) > self._stale_after:
             self._let_go(f"streams.{self.contract.measured} is silent")
-            return
+        return command if self.driving else None
+
+    def _drive(self, command: Command) -> None:
         measured = self._buffer.measured()
         action = self._operator.action(command, None if measured is None else measured[1])
         if self._intervenes:
@@ -161,7 +167,7 @@ class TeleopNode(Node):
         if self._buffer.age(self.contract.measured, self._monotonic.now()) > self._stale_after:
             self.get_logger().warning(f"streams.{self.contract.measured} is silent; nothing can be driven.")
             return
-        if not self._braking:
+        if not self._intervenes and not self._braking:
             self._filter.start(self._here(command))
         self._operator.reset()
         self.device.reset()
