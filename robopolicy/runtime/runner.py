@@ -25,6 +25,7 @@ from robopolicy.spec import GOAL, PolicySpec, check_keys
 log = logging.getLogger(__name__)
 
 _KEPT_PREVIEWS = 20
+_SETTLING = 0.5  # s for which the robot may lag behind its last command
 _LEAST_LEAD = 0.02  # s from a tick until its trajectory is at the controller
 _COMMANDING = (State.RUNNING, State.INTERVENTION, State.STOPPING, State.HOLDING)
 _SPACING = 0.02  # s between the points of a trajectory
@@ -588,6 +589,9 @@ class Runner:
         measured = self.buffer.measured_action()
         if measured is None:
             return "Where the robot is cannot be told."
+        left = _SETTLING - (self.clock.now() - self._commanded_at) / NS
+        if self._commanded_at and left > 0:
+            return f"The robot comes to rest after its last command; try again in {left:.1f} s."
         self.filter.start(measured)
         self._path_sent = False
         return ""

@@ -1,7 +1,7 @@
 """Faults over real DDS: each ends in the documented state, and no command outside of the limits is ever sent.
 
 The policy node, its inference and the monitor that judges every command are processes of their own; the robot is a
-thread of the test.
+thread of the test. A pulled cable is in `tests.ros.test_network`, a full disk in `tests.ros.test_recorder`.
 """
 
 from __future__ import annotations
@@ -443,15 +443,6 @@ def moved(message: JointState) -> None:
     message.position = [0.01 + position for position in message.position]
 
 
-def test_sigterm_brings_the_arm_to_rest_first(world: World) -> None:
-    policy = world.start_policy()
-    world.run()
-    policy.send(signal.SIGTERM)
-    assert policy.process.wait(20) == 0
-    assert [said for _, said, _ in world.client.states if said != "unconfigured"][-2:] == ["stopping", "idle"]
-    until(world.at_rest, BRAKING + SLOW_MACHINE, "the arm at rest")
-
-
 def test_a_killed_node_leaves_the_arm_coming_to_rest_and_its_successor_goes_on(world: World) -> None:
     """Without the node the controller follows the last trajectory, which ends at rest."""
     policy = world.start_policy()
@@ -459,9 +450,13 @@ def test_a_killed_node_leaves_the_arm_coming_to_rest_and_its_successor_goes_on(w
     policy.send(signal.SIGKILL)
     policy.process.wait()
     until(world.at_rest, OPEN_LOOP + BRAKING + SLOW_MACHINE, "the arm at rest")
-    world.start_policy()
+    policy = world.start_policy()
     world.run()  # waits until the dead node's publishers are forgotten
     assert world.client.state == "running"
+    policy.send(signal.SIGTERM)  # unlike SIGKILL it brings the arm to rest first
+    assert policy.process.wait(20) == 0
+    assert [said for _, said, _ in world.client.states if said != "unconfigured"][-2:] == ["stopping", "idle"]
+    until(world.at_rest, BRAKING + SLOW_MACHINE, "the arm at rest")
 
 
 def test_the_bundle_of_another_robot_is_refused(world: World) -> None:

@@ -19,6 +19,7 @@ from tests.ros.world import World
 
 DOMAIN = 1  # nobody else is in these networks
 HEARTBEAT = 3.5  # s in which a reliable writer of Fast DDS sends again what was lost
+OUTAGE = 4.0  # s; for up to three the kernel itself keeps packets while it asks for the other's address
 TRANSPORT = {
     "ROS_DOMAIN_ID": str(DOMAIN),
     "ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET",
@@ -64,7 +65,7 @@ def pulled(world: World, cable: Cable) -> dict[str, object]:
     cable.pull()
     until(lambda: policy.said("is silent"), what="the policy node's fault")
     until(world.at_rest, what="the arm at rest")
-    time.sleep(1.0)  # longer than a command may be held up
+    time.sleep(OUTAGE)
     received, posture = len(world.robot.trajectories), world.robot.posture()
     state = world.client.state
     cable.plug()

@@ -382,6 +382,9 @@ def test_an_estop_is_one_fault_and_its_silence_does_not_disturb_a_stop() -> None
     robot.until(State.IDLE, 2.0)
     assert not robot.runner.status().counters.get("faults")
     robot.estop = False
+    robot.step(0.1)
+    assert "comes to rest" in robot.runner.start()  # what is measured lags behind what was commanded
+    robot.step(1.0)
     robot.start()
     robot.step(0.6)
     robot.estop = True

@@ -76,7 +76,7 @@ def _play(client: Client, sim: str, recorder: str, seed: int, timeout: float) ->
     task = client.said(episode).get("task", "")
     if task:
         client.set_parameter(recorder, "task", task)
-    client.trigger(f"{recorder}/start")
+    _begin(client, f"{recorder}/start")
     client.trigger(f"{sim}/demonstrate")
 
     def here() -> bool:
@@ -90,6 +90,19 @@ def _play(client: Client, sim: str, recorder: str, seed: int, timeout: float) ->
     if not client.wait_for(lambda: here() and client.said(episode)["over"], timeout):
         raise UserError(f"The episode of seed {seed} is not over after {timeout:g} s.")
     return bool(client.said(episode)["success"])
+
+
+def _begin(client: Client, service: str) -> None:
+    """Start recording; streams of nodes that have just come up may still be missing."""
+    answer = (False, "")
+
+    def recording() -> bool:
+        nonlocal answer
+        answer = client.try_trigger(service)
+        return answer[0]
+
+    if not client.wait_for(recording, _BEGIN):
+        raise UserError(f"{service}: {answer[1]}")
 
 
 def _store(client: Client, recorder: str, success: bool, keep_failures: bool) -> bool:

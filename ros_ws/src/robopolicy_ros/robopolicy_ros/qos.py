@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from rclpy.duration import Duration
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 
 from robopolicy.runtime.contract import Stream
 
-COMMAND = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=ReliabilityPolicy.RELIABLE)
+COMMAND = QoSProfile(
+    history=HistoryPolicy.KEEP_LAST,
+    depth=1,
+    reliability=ReliabilityPolicy.RELIABLE,
+    lifespan=Duration(seconds=0.2),  # a command of before a cut network must not arrive when it is mended
+)
 """Publishers of commands: controllers subscribe reliably, and only the newest command counts."""
 
 COMMAND_SUBSCRIPTION = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=50, reliability=ReliabilityPolicy.RELIABLE)
