@@ -302,20 +302,30 @@ class Runner:
         if self.machine.state is State.RUNNING:
             self._ask(self.clock.now())
 
-    def preview(self) -> Trajectory:
+    def preview(self) -> Trajectory | None:
         """The commands to come, ending at rest: what a trajectory controller follows if nothing more arrives.
 
         From now on `tick` goes where that controller is, by the time, also when the owner is late. It begins with what
         is followed already, for about as long as previews take, so that the controller finds no seam.
+
+        Returns:
+            None when it took longer than that: the controller would find a jump. ``trajectory_due`` stays set, and the
+            next one reckons with the time that this one took.
         """
-        now, began = self._ticked, self.clock.now()
-        self.trajectory_due, self._last_trajectory, self._path_sent = False, now, True
+        now, began, before = self._ticked, self.clock.now(), self.filter.path
         plan, duration = self._aim(now)
-        lead = _LEAST_LEAD + max(self._preview_times)
+        lead = _LEAST_LEAD + 1.5 * max(self._preview_times)
         trajectory = self.filter.preview(
             plan, self._commanded_at, duration, _SPACING, self.settings.lookahead, lead=lead
         )
-        self._preview_times.append((self.clock.now() - began) / NS)
+        self._path_sent = True
+        ended = self.clock.now()
+        self._preview_times.append((ended - began) / NS)
+        if ended - now > nanoseconds(lead):
+            self.filter.stay_on_path(before, self._commanded_at)
+            self._counters["late trajectories"] += 1
+            return None
+        self.trajectory_due, self._last_trajectory = False, now
         return trajectory
 
     def status(self) -> Status:

@@ -59,6 +59,10 @@ class _State:
     turned: np.ndarray | None = None
 
 
+Path = tuple[list[_State], int, int]
+"""States a period apart, the time of the first [ns], and which of them is commanded."""
+
+
 class SafetyFilter:
     """Turns wanted positions into commands that the robot can follow and be stopped from.
 
@@ -179,6 +183,20 @@ class SafetyFilter:
         self._path_step = following if -2 < wanted - following < 1 else max(0, round(wanted))
         self._state = self._path[min(self._path_step, len(self._path) - 1)]
         return self._set_point(self._state)
+
+    def stay_on_path(self, path: Path | None, time: int) -> None:
+        """Go back to a path of before (see `path`), because the newer one never reached the controller.
+
+        Args:
+            path: None where there was none: the robot rests where it is commanded to be.
+            time: of the commanded state [ns].
+        """
+        self._path, self._path_began, self._path_step = path or ([self._started()], time, 0)
+
+    @property
+    def path(self) -> Path | None:
+        """The path that `follow` goes along."""
+        return (self._path, self._path_began, self._path_step) if self._path else None
 
     def brake(self) -> SetPoint:
         """One period of the fastest way to rest; exactly at rest at its end."""

@@ -422,6 +422,28 @@ def test_a_silent_gripper_stops_too() -> None:
     assert robot.state in (State.STOPPING, State.FAULT) and "fingers" in robot.reason
 
 
+def test_a_trajectory_that_took_too_long_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    robot = Robot()
+    robot.start()
+    while not robot.runner.trajectory_due:
+        robot.step()
+    compute = robot.runner.filter.preview
+
+    def held_up(*arguments: Any, **more: Any) -> Any:
+        robot.clock.advance(nanoseconds(0.2))
+        return compute(*arguments, **more)
+
+    monkeypatch.setattr(robot.runner.filter, "preview", held_up)
+    assert robot.runner.preview() is None and robot.runner.trajectory_due
+    before = robot.position.copy()
+    robot.step(0.05)
+    np.testing.assert_array_equal(robot.position, before)  # the controller was told nothing
+    assert robot.runner.preview() is not None  # by now its owner knows how long it takes
+    robot.step(1.0)
+    assert (robot.position != before).any()
+    robot.check_limits()
+
+
 def test_a_trajectory_that_comes_late_has_no_seam() -> None:
     robot = Robot(settings=RealTimeChunkingSettings(execute=4), delay=0.13)
     robot.start()
@@ -430,6 +452,7 @@ def test_a_trajectory_that_comes_late_has_no_seam() -> None:
         robot.step()
         if robot.runner.trajectory_due:
             trajectory = robot.runner.preview()
+            assert trajectory is not None
             if old is not None:
                 shared = [t for t in trajectory.times[:1] if t in set(old.times)]
                 for t in shared:
@@ -478,6 +501,7 @@ def test_previews_end_at_rest_and_are_what_is_done() -> None:
     while not robot.runner.trajectory_due:
         robot.step()
     trajectory = robot.runner.preview()
+    assert trajectory is not None
     assert not robot.runner.trajectory_due
     assert not trajectory.velocities[-1].any() and (np.diff(trajectory.times) > 0).all()
     assert trajectory.times[0] > robot.clock.now()

@@ -239,6 +239,7 @@ def test_ensembles_are_the_closed_form(coefficient):
 
 @pytest.mark.parametrize("coefficient", [0.01, -0.2])
 def test_temporal_ensembling_executes_what_lerobots_would(coefficient):
+    pytest.importorskip("draccus", reason="of LeRobot only the motor bus is installed")
     act = pytest.importorskip("lerobot.policies.act.modeling_act", reason="LeRobot is not installed")
     torch = pytest.importorskip("torch")
     spec = spec_of(dim=3, n_obs_steps=1, horizon=6, n_action_steps=1)

@@ -382,6 +382,8 @@ class PolicyNode(LifecycleNode):
 
     def _publish_trajectories(self, active: _Active) -> None:
         trajectory = active.runner.preview()
+        if trajectory is None:
+            return
         for topic, publisher in active.outputs:
             if topic.type == TRAJECTORY:
                 message = trajectory_message(trajectory, topic, self._monotonic.now())
