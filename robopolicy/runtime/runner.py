@@ -17,7 +17,7 @@ from robopolicy.runtime.exchange import Chunk, Command, Request, Trajectory, Wor
 from robopolicy.runtime.limits import Limits
 from robopolicy.runtime.observation_buffer import ObservationBuffer
 from robopolicy.runtime.plan import Plan
-from robopolicy.runtime.safety import SafetyFilter, SetPoint
+from robopolicy.runtime.safety import Path, SafetyFilter, SetPoint
 from robopolicy.runtime.samples import Value
 from robopolicy.runtime.states import Event, Machine, State
 from robopolicy.spec import GOAL, PolicySpec, check_keys
@@ -174,6 +174,8 @@ class Runner:
         self._invalid = self._failures = 0
         self._ramp_from = np.zeros(len(contract.action.names))
         self._cut_short = self._path_sent = False
+        self._before: Path | None = None
+        self._send_until = 0
         self._wanted_since: int | None = None
         self._ramp_began = self._last_chunk = self._last_trajectory = self._commanded_at = self._ticked = 0
 
@@ -321,12 +323,23 @@ class Runner:
         self._path_sent = True
         ended = self.clock.now()
         self._preview_times.append((ended - began) / NS)
-        if ended - now > nanoseconds(lead):
-            self.filter.stay_on_path(before, self._commanded_at)
-            self._counters["late trajectories"] += 1
+        self._before, self._send_until = before, now + nanoseconds(lead)
+        if ended > self._send_until:
+            self.take_back()
             return None
         self.trajectory_due, self._last_trajectory = False, now
         return trajectory
+
+    @property
+    def too_late_to_send(self) -> bool:
+        """Whether the controller would find a jump, because the trajectory of `preview` was held up on its way."""
+        return self.clock.now() > self._send_until
+
+    def take_back(self) -> None:
+        """The trajectory that `preview` made last is not sent: go on along the one before, and make another."""
+        self.filter.stay_on_path(self._before, self._commanded_at)
+        self._counters["late trajectories"] += 1
+        self.trajectory_due = True
 
     def status(self) -> Status:
         """What the runner is doing."""

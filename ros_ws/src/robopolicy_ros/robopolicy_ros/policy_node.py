@@ -384,13 +384,12 @@ class PolicyNode(LifecycleNode):
         trajectory = active.runner.preview()
         if trajectory is None:
             return
-        for topic, publisher in active.outputs:
-            if topic.type == TRAJECTORY:
-                message = trajectory_message(trajectory, topic, self._monotonic.now())
-                if message is None:  # this process was held up: the path is over before it was sent
-                    active.runner.trajectory_due = True
-                else:
-                    publisher.publish(message)
+        outputs = [(topic, publisher) for topic, publisher in active.outputs if topic.type == TRAJECTORY]
+        messages = [trajectory_message(trajectory, topic, self._monotonic.now()) for topic, _ in outputs]
+        if None in messages or active.runner.too_late_to_send:  # this process was held up
+            return active.runner.take_back()
+        for (_, publisher), message in zip(outputs, messages, strict=True):
+            publisher.publish(message)
 
     def _come_to_rest(self, active: _Active, reason: str) -> None:
         """The controlled stop, in this thread; needs neither the executor nor the policy."""
