@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _KEPT_PREVIEWS = 20
 _SETTLING = 0.5  # s for which the robot may lag behind its last command
+_LONGEST_LEAD = 0.2  # s; a stop is delayed by the lead
 _LEAST_LEAD = 0.02  # s from a tick until its trajectory is at the controller
 _COMMANDING = (State.RUNNING, State.INTERVENTION, State.STOPPING, State.HOLDING)
 _SPACING = 0.02  # s between the points of a trajectory
@@ -316,7 +317,7 @@ class Runner:
         """
         now, began, before = self._ticked, self.clock.now(), self.filter.path
         plan, duration = self._aim(now)
-        lead = _LEAST_LEAD + 1.5 * max(self._preview_times)
+        lead = min(_LEAST_LEAD + 1.5 * max(self._preview_times), _LONGEST_LEAD)
         trajectory = self.filter.preview(
             plan, self._commanded_at, duration, _SPACING, self.settings.lookahead, lead=lead
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -137,7 +138,7 @@ def executed_steps(wanted: int, timing: Timing) -> int:
     return steps
 
 
-class Scheduler:
+class Scheduler(ABC):
     """One request at a time; a chunk replaces what the plan held from its arrival on.
 
     Times of a chunk count from its observation. While the robot stands they do not pass: it has not moved since it was
@@ -203,9 +204,9 @@ class Scheduler:
     def plan(self) -> Plan | None:
         return self._plan if self._followed else None
 
+    @abstractmethod
     def _due(self, now: int) -> bool:
         """Whether to infer while a chunk is followed and no inference is under way."""
-        raise NotImplementedError
 
     def _agreement(self, observed_at: int) -> Agreement:
         return Agreement()

@@ -430,7 +430,7 @@ def test_a_trajectory_that_took_too_long_is_not_sent(monkeypatch: pytest.MonkeyP
     compute = robot.runner.filter.preview
 
     def held_up(*arguments: Any, **more: Any) -> Any:
-        robot.clock.advance(nanoseconds(0.2))
+        robot.clock.advance(nanoseconds(0.1))
         return compute(*arguments, **more)
 
     monkeypatch.setattr(robot.runner.filter, "preview", held_up)

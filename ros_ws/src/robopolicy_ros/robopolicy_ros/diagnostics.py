@@ -125,6 +125,7 @@ def diagnostics(
         level = max(level, DiagnosticStatus.WARN)
     said = f"{state}: {status.reason}" if status.reason else state
     general = dict(about) | {"waiting for": status.waiting, "plan left [s]": f"{status.plan_left:.3f}"}
+    general["delay reckoned with [s]"] = f"{status.delay:.3f}"
     counted = {key: str(count) for key, count in sorted(status.counters.items())}
     silent = [stream for stream, age in status.ages.items() if age == float("inf")]
     lost = [stream for stream, counts in streams.items() if counts.get("gaps", 0)]
