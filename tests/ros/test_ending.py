@@ -117,6 +117,17 @@ class HeldUp:
         return MonotonicClock().now() + 100 * NS
 
 
+class HeldUpOnce:
+    """A clock that is read 50 ms later than it was meant to be, at its second reading."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+
+    def now(self) -> int:
+        self.readings += 1
+        return MonotonicClock().now() + (NS // 20 if self.readings == 2 else 0)
+
+
 @pytest.fixture
 def robot(domain: int) -> Iterator[FakeRobot]:
     threads = Spinning(domain)
@@ -173,6 +184,13 @@ def test_a_policy_node_stops_whatever_fails(robot: FakeRobot, policy: PolicyNode
     assert runner.trajectory_due  # nothing of it lay ahead any more
     policy._monotonic = MonotonicClock()
     spin(lambda: len(robot.trajectories) > seen, "another trajectory instead")
+
+    policy._monotonic = clock = HeldUpOnce()  # type: ignore[assignment]
+    while not clock.readings:  # a slow preview is not sent at all
+        runner.tick()
+        policy._publish_trajectories(active)
+    assert clock.readings >= 4  # made a second time
+    policy._monotonic = MonotonicClock()
 
     def broken() -> None:
         raise RuntimeError("a bug")

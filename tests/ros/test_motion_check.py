@@ -194,6 +194,19 @@ def test_seams() -> None:
     assert "seam position" in trajectories(first, (0.8, (times, positions, velocities)))  # sent 0.3 s too late
 
 
+@pytest.mark.parametrize(("place", "allowed"), [(0.0, True), (0.3, True), (0.15, False)])
+def test_a_robot_that_rests_elsewhere_goes_on_from_there(place: float, allowed: bool) -> None:
+    """It was moved, or a trajectory never reached it: any motion begins where it is or should be."""
+
+    def hold(position: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.array([0.1]), np.array([[position, 0.0]]), np.zeros((1, 2))
+
+    found = TrajectoryCheck(BOUNDS, MAX_STEP)
+    found.check(0.0, *hold(0.0))
+    found.check(1.0, *hold(place), np.array([0.3, 0.0]))
+    assert set(found.violations.counts) == (set() if allowed else {"seam position"})
+
+
 def test_the_first_trajectory_begins_where_the_robot_is() -> None:
     assert trajectories((0.0, trajectory(0.0)), measured=np.array([0.25, 0.0])) == {"first point"}
     check = TrajectoryCheck(BOUNDS, MAX_STEP)

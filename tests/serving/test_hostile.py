@@ -111,6 +111,19 @@ def masked(payload: bytes, opcode: int, fin: bool = True) -> bytes:
     return bytes([(0x80 if fin else 0) | opcode]) + length + bytes(4) + payload
 
 
+def send_unread(running: Running, opened: socket.socket, frames: bytes) -> None:
+    """Send frames again and again, each whole, and read no answer, until the server drops the client."""
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    opened.settimeout(0.2)
+    end, left = time.monotonic() + 30, b""
+    with contextlib.suppress(ConnectionError):
+        while running.count("refused_total", reason="unread") == 0 and time.monotonic() < end:
+            left = left or frames
+            with contextlib.suppress(TimeoutError):
+                left = left[opened.send(left) :]
+    wait_until(lambda: running.count("refused_total", reason="unread") == 1, "the client is dropped")
+
+
 def next_frame(stream: BinaryIO) -> tuple[int, bytes]:
     """Opcode and payload of a server's frame."""
     opcode, length = stream.read(2)
@@ -379,29 +392,13 @@ def test_a_client_that_does_not_read(serve) -> None:
     policy = Echo(replace(SPEC, action=wide, horizon=400, n_action_steps=399))
     running = serve(policy, limits=Limits(rate=100_000, write_timeout=0.5))
     with unharmed(running), upgraded(running) as opened:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        opened.settimeout(0.2)
-        end = time.monotonic() + 30
-        frame = masked(pack(state(1, 2)), 2)
-        with contextlib.suppress(ConnectionError):
-            while running.count("refused_total", reason="unread") == 0 and time.monotonic() < end:
-                with contextlib.suppress(TimeoutError):
-                    opened.sendall(frame)
-        wait_until(lambda: running.count("refused_total", reason="unread") == 1, "the client is dropped")
+        send_unread(running, opened, masked(pack(state(1, 2)), 2))
 
 
 def test_pings_whose_answers_are_not_read(serve) -> None:
     running = serve(limits=Limits(write_timeout=60))
     with unharmed(running), upgraded(running) as opened:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        opened.settimeout(0.2)
-        end = time.monotonic() + 30
-        pings = masked(bytes(125), 9) * 400
-        with contextlib.suppress(ConnectionError):
-            while running.count("refused_total", reason="unread") == 0 and time.monotonic() < end:
-                with contextlib.suppress(TimeoutError):
-                    opened.sendall(pings)
-        wait_until(lambda: running.count("refused_total", reason="unread") == 1, "the client is dropped")
+        send_unread(running, opened, masked(bytes(125), 9) * 400)
 
 
 def test_more_clients_than_there_is_room_for(serve) -> None:

@@ -193,7 +193,7 @@ class TrajectoryCheck:
             sent: seconds.
             times: (T,) seconds after ``sent``.
             positions, velocities: (T, n).
-            measured: where the robot is, for the first trajectory of a motion.
+            measured: where the robot is, for a trajectory that begins a motion.
         """
         found, bounds = self.violations, self.bounds
         if not (np.isfinite(positions).all() and np.isfinite(velocities).all() and np.isfinite(times).all()):
@@ -234,6 +234,8 @@ class TrajectoryCheck:
     ) -> None:
         """The robot, wherever it is on the trajectory before, can be at the first point in time.
 
+        Once that trajectory has ended, the robot may rest elsewhere: it was moved, or never got the trajectory.
+
         Both trajectories pass from one state within ``first`` seconds, so they differ at most by what accelerating one
         way and the other does; the time of sending is known to ``slack.jitter``.
         """
@@ -242,6 +244,8 @@ class TrajectoryCheck:
                 self.violations.add("first point", f"{np.abs(position - measured).max():.4g} from the robot")
             return
         before, speed = self._running.at(sent + first)
+        if sent > self._running.times[-1] and measured is not None:
+            before = min(before, measured, key=lambda place: np.abs(position - place).max())
         bounds, jitter = self.bounds, self.slack.jitter
         reach = first + jitter
         jump, change = np.abs(position - before), np.abs(velocity - speed)

@@ -29,6 +29,7 @@ from rclpy.clock import Clock as RosClock
 from rclpy.clock_type import ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from rclpy.serialization import serialize_message
 from sensor_msgs.msg import JointState, Joy
 from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import Trigger
@@ -66,6 +67,7 @@ DDS_PROFILE = "FASTDDS_DEFAULT_PROFILES_FILE"
 TRAJECTORY = "trajectory_msgs/msg/JointTrajectory"
 _POLL = 0.02  # s between looks at a policy that is loading
 _LONGEST_STOP = 10.0  # s for a controlled stop; it takes less within any sensible limits
+_LONGEST_SERIALIZING = nanoseconds(0.01)
 _MOVING = (State.RUNNING, State.INTERVENTION, State.STOPPING)
 
 
@@ -381,15 +383,26 @@ class PolicyNode(LifecycleNode):
                 publisher.publish(command_message(command, topic, stamp))
 
     def _publish_trajectories(self, active: _Active) -> None:
+        """Publish what `Runner.preview` gives, unless this process is held up for too long on the way.
+
+        Points count from the arrival of their message, so that being late moves them all: messages are serialized
+        first, and made anew when that took longer than usual.
+        """
         trajectory = active.runner.preview()
         if trajectory is None:
             return
         outputs = [(topic, publisher) for topic, publisher in active.outputs if topic.type == TRAJECTORY]
-        messages = [trajectory_message(trajectory, topic, self._monotonic.now()) for topic, _ in outputs]
-        if None in messages or active.runner.too_late_to_send:  # this process was held up
-            return active.runner.take_back()
-        for (_, publisher), message in zip(outputs, messages, strict=True):
-            publisher.publish(message)
+        while not active.runner.too_late_to_send:
+            now = self._monotonic.now()
+            messages = [trajectory_message(trajectory, topic, now) for topic, _ in outputs]
+            if None in messages:
+                break
+            serialized = [serialize_message(message) for message in messages]
+            if self._monotonic.now() - now < _LONGEST_SERIALIZING:
+                for (_, publisher), message in zip(outputs, serialized, strict=True):
+                    publisher.publish(message)
+                return
+        active.runner.take_back()
 
     def _come_to_rest(self, active: _Active, reason: str) -> None:
         """The controlled stop, in this thread; needs neither the executor nor the policy."""
