@@ -176,11 +176,12 @@ class SafetyFilter:
     def follow(self, time: int) -> SetPoint:
         """Go where the path that `preview` made last is at a time [ns], as the controller that was sent it.
 
-        Successive calls take successive states of the path as long as they are about a period apart.
+        Successive calls take successive states of the path, up to two periods beside the time, so that set points do
+        not make up at once for a call that was a little late.
         """
         wanted = (time - self._path_began) / NS / self.period
         following = self._path_step + 1
-        self._path_step = following if -2 < wanted - following < 1 else max(0, round(wanted))
+        self._path_step = following if abs(wanted - following) < 2 else max(0, round(wanted))
         self._state = self._path[min(self._path_step, len(self._path) - 1)]
         return self._set_point(self._state)
 
@@ -225,36 +226,41 @@ class SafetyFilter:
                 that time finds no seam.
 
         Returns:
-            Points from ``now + spacing`` on, until after the robot is at rest. Velocity and acceleration of the last
-            one are exactly zero. The commanded state and `counts` stay.
+            Points from ``now + spacing`` on, until after the robot is at rest; where a path is kept, so are its times,
+            and the first may be earlier. Velocity and acceleration of the last one are exactly zero. The commanded
+            state and `counts` stay.
 
         Raises:
             ValueError: the plan is not finite, or ``lookahead`` not positive.
         """
         every = max(1, math.ceil(spacing / self.period - 1e-9))
-        kept = [self._started()]
+        kept, began, commanded = [self._started()], now, 0
         if lead > 0:
-            path = self._path or kept  # before the first path the robot is at rest
-            ahead = range(self._path_step + 1, self._path_step + math.ceil(lead / self.period - 1e-9) + 1)
-            kept += [path[min(i, len(path) - 1)] for i in ahead]
+            path, first, step = kept, 0, 0  # before the first path the robot is at rest
+            if self._path:  # kept by the time, as the controller follows it; set points may be beside it
+                path, step = self._path, max(0, round((now - self._path_began) / NS / self.period))
+                first = min(self._path_step, step)
+                began, commanded = self._path_began + nanoseconds(first * self.period), self._path_step - first
+            ahead = range(first, step + math.ceil(lead / self.period - 1e-9) + 1)
+            kept = [path[min(i, len(path) - 1)] for i in ahead]
         state, ignored = kept[0], Counter[str]()
-        following = min(duration, (plan.end - now) / NS)
+        following = min(duration, (plan.end - began) / NS)
         times: list[int] = []
         points: list[SetPoint] = []
         steps = 0
-        self._path, self._path_began, self._path_step = [state], now, 0
+        self._path, self._path_began, self._path_step = [state], began, commanded
         while not points or not self._rests(state) or steps * self.period < following or steps + 1 < len(kept):
             for _ in range(every):
                 if steps + 1 < len(kept):
                     state = kept[steps + 1]
                 elif steps * self.period < following:
-                    target = plan.at(now + nanoseconds(steps * self.period + lookahead))
+                    target = plan.at(began + nanoseconds(steps * self.period + lookahead))
                     state = self._step(state, *target, lookahead, ignored)
                 else:
                     state = self._braked(state)
                 steps += 1
                 self._path.append(state)
-            times.append(now + nanoseconds(steps * self.period))
+            times.append(began + nanoseconds(steps * self.period))
             points.append(self._set_point(state))
         return Trajectory(
             np.array(times),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import rclpy
 from rclpy.context import Context
+from rclpy.exceptions import InvalidHandle
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -139,4 +141,5 @@ class Spinning:
 
     def _spin(self) -> None:
         while not self._ending.is_set():
-            self._executor.spin_once(timeout_sec=0.05)
+            with contextlib.suppress(InvalidHandle):  # another thread destroys a publisher just now
+                self._executor.spin_once(timeout_sec=0.05)

@@ -27,7 +27,7 @@ from tests.ros.world import World
 
 SECOND = 10**9
 SLOW_MACHINE = 3.0  # seconds that a loaded machine may take on top of the documented time
-STALE_JOINTS, STALE_CAMERA, STALE_SIGNAL = 0.3, 0.4, 0.8  # of bench_robot/contract.yaml
+STALE_JOINTS, STALE_CAMERA, STALE_SIGNAL = 0.5, 0.6, 0.8  # of bench_robot/contract.yaml
 GRACE, HEARTBEAT, TIMEOUT, OPEN_LOOP, BRAKING = 2.0, 1.5, 2.5, 1.0, 0.6  # of bench_robot/safety.yaml
 
 

@@ -385,6 +385,37 @@ def test_every_preview_ends_at_rest_and_its_splines_keep_the_limits(seed: int, l
         assert np.all(np.abs(acceleration) <= strongest + jerk * spacing)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32))
+def test_previews_go_on_along_the_one_before_by_the_time(seed: int) -> None:
+    """However late the command loop runs: the controller follows by the time. Set points do not jump either."""
+    guard, rng, now, old = arm_filter(), np.random.default_rng(seed), 10**9, {}
+    plan = Wave(2.0)
+    guard.start(plan.at(0)[0])
+    strongest = np.array([ARM.acceleration] * 3 + [GRIPPER.acceleration])
+    for _ in range(10):
+        for passed in (*rng.uniform(0.6, 2.5, 8), 1, 1) if old else ():
+            now += int(passed * TICK)
+            guard.follow(now)
+        before = guard.state
+        seen = guard.preview(plan, now, 0.5, PERIOD, LOOKAHEAD, lead=0.05)
+        np.testing.assert_array_equal(guard.state.position, before.position)
+        new = dict(zip(seen.times.tolist(), seen.positions, strict=True))
+        shared = [time for time in new if now <= time <= now + 0.045e9]
+        assert len(shared) >= 4
+        if old:
+            np.testing.assert_array_equal([new[time] for time in shared], [old[time] for time in shared])
+        old, velocity = new, before.velocity
+        for _ in range(3):
+            now += TICK
+            after = guard.follow(now)
+            assert np.all(np.abs(after.velocity - velocity) <= strongest * PERIOD * (1 + 1e-9))
+            np.testing.assert_allclose(
+                after.position, before.position + PERIOD * velocity, atol=strongest.max() * PERIOD**2
+            )
+            before, velocity = after, after.velocity
+
+
 def test_a_preview_of_a_plan_that_ends_brakes_at_its_end() -> None:
     class Short(Wave):
         end = 10**9
