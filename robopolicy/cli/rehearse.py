@@ -100,12 +100,16 @@ def run(args: argparse.Namespace) -> int:
     schedulers = [scheduler_settings(name, (settings.settings or {}).get(name, {})) for name in settings.schedulers]
     out = Path(settings.out) if settings.out else bundle.parent.parent / "rehearsal"
     out.mkdir(parents=True, exist_ok=True)
+    chunking = [scheduler for scheduler in schedulers if isinstance(scheduler, RealTimeChunkingSettings)]
     policy = open_policy(
-        bundle, settings.engine, threads=settings.threads, allow_native_code=settings.allow_native_code
+        bundle,
+        settings.engine,
+        threads=settings.threads,
+        allow_native_code=settings.allow_native_code,
+        rtc=chunking[0].guidance if chunking else None,
     )
-    for scheduler in schedulers:
-        if isinstance(scheduler, RealTimeChunkingSettings):
-            scheduler.check_engine(policy.name)
+    for scheduler in chunking:
+        scheduler.check_engine(policy.name)
     motion = Motion(settings.motion.velocity, settings.motion.acceleration, settings.motion.jerk)
     results = [
         evaluate_realtime(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from robopolicy.errors import UserError
+from robopolicy.export.rtc_config import GUIDED_ENGINE, RtcConfig
 from robopolicy.inference.engine import engine_names
 from robopolicy.inference.policy import ExportedPolicy, open_engine
 from robopolicy.inference.session import Session
 
-TORCH = ("torch", "torch-compile", "torch-rtc")
+TORCH = ("torch", "torch-compile", GUIDED_ENGINE)
 
 __all__ = ["TORCH", "engine_names", "open_policy"]
 
@@ -22,6 +23,7 @@ def open_policy(
     device: str | None = None,
     verify: bool = True,
     allow_native_code: bool = False,
+    rtc: RtcConfig | None = None,
 ) -> ExportedPolicy:
     """Load a policy behind the interface of engines.
 
@@ -33,9 +35,11 @@ def open_policy(
         device: of torch ``cpu``, ``cuda`` …; see `open_engine`.
         verify: sample the golden chunks and compare.
         allow_native_code: see `open_engine`.
+        rtc: strength and start of ``torch-rtc``; None: its defaults.
 
     Raises:
-        UserError: there is no such engine, or several and none is named; see `open_engine`.
+        UserError: there is no such engine, or several and none is named; ``rtc`` is given to another engine than its
+            own, or does not fit the policy's sampler; see `open_engine`.
     """
     bundle = Path(bundle)
     if engine is None:
@@ -45,16 +49,21 @@ def open_policy(
                 f"{bundle} has several engines, {', '.join(known)}; name one with engine=…, or engine=torch."
             )
         engine = known[0] if known else TORCH[0]
+    if rtc is not None and engine != GUIDED_ENGINE:
+        raise UserError(
+            f"engine={engine} does not compute the published guidance of real-time chunking (scheduler.mode=vjp, beta, "
+            f"warm_start). Use engine={GUIDED_ENGINE}, or scheduler.mode=soft."
+        )
     if engine not in TORCH:
         return open_engine(
             bundle, engine, threads=threads, device=device, verify=verify, allow_native_code=allow_native_code
         )
     if device is not None and device.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"device={device}: torch runs here on cpu or cuda.")
-    return _open_torch(bundle, engine, threads, device or "cpu")
+    return _open_torch(bundle, engine, threads, device or "cpu", rtc)
 
 
-def _open_torch(bundle: Path, engine: str, threads: int, device: str) -> ExportedPolicy:
+def _open_torch(bundle: Path, engine: str, threads: int, device: str, rtc: RtcConfig | None) -> ExportedPolicy:
     from robopolicy.export.borders import torch_session
     from robopolicy.export.critic import own_candidates
     from robopolicy.export.observations import made_up
@@ -64,10 +73,10 @@ def _open_torch(bundle: Path, engine: str, threads: int, device: str) -> Exporte
 
     policy, about = load_bundle(bundle, device)
     assert isinstance(policy, DenoisingPolicy)  # as all families are
-    if engine == "torch-rtc":
+    if engine == GUIDED_ENGINE:
         from robopolicy.export.rtc_policy import rtc_policy
 
-        return rtc_policy(policy, device=device, threads=threads, fingerprint=bundle_fingerprint(about))
+        return rtc_policy(policy, rtc, device=device, threads=threads, fingerprint=bundle_fingerprint(about))
     batch = {key: value.to(policy.device) for key, value in made_up(policy, 1, seed=0).items()}
     graphs = policy.export_graphs(batch)
     sessions: dict[str, Session] = {

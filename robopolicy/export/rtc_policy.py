@@ -5,7 +5,7 @@ Exported samplers project their clean estimates instead; see `robopolicy.policie
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,32 +17,15 @@ from robopolicy.errors import UserError
 from robopolicy.export.borders import torch_session
 from robopolicy.export.critic import own_candidates
 from robopolicy.export.observations import made_up
+from robopolicy.export.rtc_config import GUIDED_ENGINE, RtcConfig
 from robopolicy.inference.policy import ExportedPolicy
 from robopolicy.policies.denoising import DenoisingPolicy
 from robopolicy.policies.graphs import RowActions, SamplerGraph
 
 
-@dataclass(frozen=True)
-class RtcConfig:
-    """How chunks agree with the one before.
-
-    Attributes:
-        beta: largest weight of the guidance; None: the number of network calls, 5 in the paper. 0: no guidance.
-        warm_start: network calls to leave out: sampling starts from the chunk before, noised to the level of the first
-            call that is made (RTI-DP, arXiv 2508.05396; STEP, arXiv 2602.08245). 0: from pure noise.
-    """
-
-    beta: float | None = None
-    warm_start: int = 0
-
-    def __post_init__(self) -> None:
-        if self.beta is not None and self.beta < 0:
-            raise UserError(f"rtc.beta={self.beta} must not be negative.")
-
-
 def rtc_policy(
     policy: DenoisingPolicy,
-    config: RtcConfig = RtcConfig(),
+    config: RtcConfig | None = None,
     *,
     device: str = "cpu",
     threads: int = 1,
@@ -52,7 +35,7 @@ def rtc_policy(
 
     Args:
         policy: in evaluation mode, on ``device``.
-        config: strength and start.
+        config: strength and start; None: the defaults.
         device: of torch.
         threads: CPU threads.
         fingerprint: of the bundle.
@@ -62,7 +45,7 @@ def rtc_policy(
     """
     batch = {key: value.to(policy.device) for key, value in made_up(policy, 1, seed=0).items()}
     graphs = policy.export_graphs(batch)
-    sampler = RtcSampler(policy, config)
+    sampler = RtcSampler(policy, config or RtcConfig())
     graphs["sampler"] = replace(graphs["sampler"], module=sampler)
     sessions = {
         name: torch_session(graph, device=device, threads=threads)
@@ -70,7 +53,7 @@ def rtc_policy(
         if name != "denoiser"
     }
     noises = sampler.table.noises
-    return ExportedPolicy("torch-rtc", policy.spec, sessions, noises, own_candidates(policy), fingerprint)
+    return ExportedPolicy(GUIDED_ENGINE, policy.spec, sessions, noises, own_candidates(policy), fingerprint)
 
 
 class RtcSampler(SamplerGraph):
@@ -98,13 +81,13 @@ class RtcSampler(SamplerGraph):
         calls, first = len(self.table), config.warm_start
         if not 0 <= first < calls:
             raise UserError(
-                f"rtc.warm_start={first} must lie in 0..{calls - 1}: this sampler makes {calls} network calls."
+                f"scheduler.warm_start={first} must lie in 0..{calls - 1}: this sampler makes {calls} network calls."
             )
         remembered = [COLUMNS.index("previous_x"), COLUMNS.index("previous_clean")]
         if first and self.table.rows[first, remembered].any():
             raise UserError(
-                f"rtc.warm_start={first}: this sampler's call {first} needs the one before. Use a first-order sampler, "
-                "sampler.name=ddim or euler."
+                f"scheduler.warm_start={first}: this sampler's call {first} needs the one before. Use a first-order "
+                "sampler, sampler.name=ddim or euler."
             )
 
     def forward(self, noise: Tensor, previous: Tensor, mask: Tensor, *found: Tensor) -> Tensor:

@@ -136,6 +136,31 @@ class ExportedPolicy:
 
     def warmup(self, runs: int = 3) -> None:
         """Sample from zeros, so that what backends do once is done."""
+        for session in self.sessions.values():
+            session.warmup(1)
+        blank, noise = self._blank()
+        for _ in range(runs):
+            self.sample(blank, noise)
+
+    def usual_seconds(self, runs: int = 5) -> float:
+        """How long a chunk usually takes that must agree with one before: the median, on zeros."""
+        blank, noise = self._blank()
+        previous = self.sample(blank, noise)
+        mask = np.ones(previous.shape[:2], np.float32)
+        seconds = []
+        for _ in range(1 + runs):
+            self.sample(blank, noise, previous, mask)
+            seconds.append(self.timings.total)
+        return float(np.median(seconds[1:]))  # gradients are set up in the first
+
+    def close(self) -> None:
+        """Release the sessions."""
+        for session in self.sessions.values():
+            session.close()
+        self.sessions.clear()
+
+    def _blank(self) -> tuple[dict[str, Any], np.ndarray]:
+        """Observations of one row and its noise, zeros."""
         spec = self.spec
         steps = spec.n_obs_steps
         blank: dict[str, Any] = {
@@ -145,17 +170,7 @@ class ExportedPolicy:
         blank |= {f"goal.{k.key}": np.zeros((1, *k.shape)) for k in spec.goals}
         if spec.tasks:
             blank[INSTRUCTION] = [spec.tasks[0].instruction]
-        noise = np.zeros((1, *self.noise_shape), np.float32)
-        for session in self.sessions.values():
-            session.warmup(1)
-        for _ in range(runs):
-            self.sample(blank, noise)
-
-    def close(self) -> None:
-        """Release the sessions."""
-        for session in self.sessions.values():
-            session.close()
-        self.sessions.clear()
+        return blank, np.zeros((1, *self.noise_shape), np.float32)
 
     def _inputs(self, observations: Mapping[str, Any]) -> dict[str, np.ndarray]:
         inputs = checked_observations(self.spec, observations, self.goal)

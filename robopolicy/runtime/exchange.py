@@ -67,6 +67,7 @@ class Health:
         error: what the last inference or the loading raised, for a person; empty when it went well.
         failures: inferences that raised.
         superseded: requests that a newer one replaced before they were begun.
+        usual: seconds that an inference usually takes, as warming up showed; 0 where that is not known.
     """
 
     ready: bool = False
@@ -76,6 +77,7 @@ class Health:
     error: str = ""
     failures: int = 0
     superseded: int = 0
+    usual: float = 0.0
 
 
 class Worker(Protocol):

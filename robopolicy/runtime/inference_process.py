@@ -17,14 +17,19 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from robopolicy.errors import UserError
+from robopolicy.export.rtc_config import RtcConfig
+from robopolicy.runtime.clock import nanoseconds
 from robopolicy.runtime.exchange import Chunk, Request
 from robopolicy.runtime.shared_memory import BEAT, BUSY_SINCE, FAILURES, READY, SharedMemory
 from robopolicy.spec import INSTRUCTION, PolicySpec
+
+if TYPE_CHECKING:
+    from robopolicy.inference.policy import ExportedPolicy
 
 BEAT_PERIOD = 0.05
 """Seconds between heartbeats."""
@@ -35,7 +40,7 @@ class Job:
     """What the process does, as plain values.
 
     Attributes:
-        bundle, engine, threads, device, allow_native_code: see `robopolicy.export.open.open_policy`.
+        bundle, engine, threads, device, allow_native_code, rtc: see `robopolicy.export.open.open_policy`.
         spec: of the policy, from its manifest.
         memory: descriptor of the shared memory.
         wake: descriptor of the event that tells of requests.
@@ -51,6 +56,7 @@ class Job:
     memory: int
     wake: int
     extra_delay: float = 0.0
+    rtc: dict[str, Any] | None = None
 
 
 class Samples(Protocol):
@@ -90,12 +96,13 @@ def main() -> int:
     threading.Thread(target=_beat, args=(memory,), daemon=True).start()
     try:
         policy = _open(job, memory.spec)
+        usual = policy.usual_seconds() + job.extra_delay
     except Exception as error:
         memory.report(explained(error))
         if not isinstance(error, UserError):
             traceback.print_exc()
         return 1
-    memory.state[READY] = 1
+    memory.state[READY] = max(1, nanoseconds(usual))
     while not memory.closing:
         os.eventfd_read(job.wake)
         while not memory.closing and (request := memory.take()) is not None:
@@ -118,7 +125,7 @@ def end_with_the_control_process() -> None:
         raise SystemExit("The control process is gone.")
 
 
-def _open(job: Job, spec: PolicySpec) -> Samples:
+def _open(job: Job, spec: PolicySpec) -> ExportedPolicy:
     from robopolicy.export.open import open_policy
 
     policy = open_policy(
@@ -127,6 +134,7 @@ def _open(job: Job, spec: PolicySpec) -> Samples:
         threads=job.threads,
         device=job.device,
         allow_native_code=job.allow_native_code,
+        rtc=None if job.rtc is None else RtcConfig(**job.rtc),
     )
     if policy.spec != spec:
         raise UserError(f"{job.bundle} changed while it was opened. Start again.")

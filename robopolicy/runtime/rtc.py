@@ -9,12 +9,10 @@ from typing import Literal
 import numpy as np
 
 from robopolicy.errors import UserError
+from robopolicy.export.rtc_config import GUIDED_ENGINE, RtcConfig
 from robopolicy.runtime.clock import NS
 from robopolicy.runtime.delays import DelaySettings, steps_of
 from robopolicy.runtime.scheduling import Agreement, Scheduler, Timing, executed_steps
-
-GUIDED_ENGINE = "torch-rtc"
-"""The engine that follows the published guidance; all others project (``soft``)."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,33 @@ class RealTimeChunkingSettings:
             prefix reaches is not used.
         execute: steps s after a chunk's observation at which the next one is asked for, if the one before has arrived;
             0: the policy's ``n_action_steps``.
+        beta: of ``vjp``: largest weight of the guidance; None: the number of network calls; 0: no guidance.
+        warm_start: of ``vjp``: network calls that are left out by starting from the chunk before, noised.
         delay: how the delay is estimated.
+
+    Raises:
+        UserError: a setting of ``vjp`` in another mode, or one that is negative.
     """
 
     name: Literal["rtc"] = "rtc"
     mode: Literal["soft", "vjp", "prefix"] = "soft"
     execute: int = 0
+    beta: float | None = None
+    warm_start: int = 0
     delay: DelaySettings = field(default_factory=DelaySettings)
+
+    def __post_init__(self) -> None:
+        if RtcConfig(self.beta, self.warm_start) != RtcConfig() and self.mode != "vjp":
+            raise UserError(
+                f"scheduler.beta={self.beta} and scheduler.warm_start={self.warm_start} are settings of "
+                f"scheduler.mode=vjp, found scheduler.mode={self.mode}. Leave them out, or set scheduler.mode=vjp and "
+                f"engine={GUIDED_ENGINE}."
+            )
+
+    @property
+    def guidance(self) -> RtcConfig | None:
+        """What the engine `GUIDED_ENGINE` is told; None in modes that go with other engines."""
+        return RtcConfig(self.beta, self.warm_start) if self.mode == "vjp" else None
 
     def check_engine(self, engine: str) -> None:
         """Raise a `UserError` if an engine, by name, does not do what the mode says."""
@@ -86,7 +104,7 @@ class RealTimeChunking(Scheduler):
             raise UserError(
                 f"scheduler.execute={self._execute}: real-time chunking needs delay <= execute <= {timing.usable} - "
                 f"delay (steps of {step:g} s), which allows a delay of {largest} steps; {max(expected, 1)} are "
-                f"expected ({prior:g} s of inference, {timing.committed:g} s until commands are carried out). Set a "
+                f"expected ({prior:.3g} s of inference, {timing.committed:g} s until commands are carried out). Set a "
                 "smaller execute, or use a faster engine, fewer sampler steps or a policy with a longer horizon."
             )
         if self._longest is not None and expected > self._longest:

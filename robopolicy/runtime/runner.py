@@ -106,6 +106,8 @@ class Runner:
         clock: of everything.
         settings: see `RunnerSettings`.
         prefix_steps: longest prefix that the policy was trained with, see `robopolicy.policies.prefix`; None: unknown.
+        prior_delay: seconds from an observation to its chunk that are expected before the first was measured, see
+            `robopolicy.runtime.exchange.Health.usual`.
 
     Attributes:
         machine: the state and its reason.
@@ -117,7 +119,8 @@ class Runner:
         chunk: the newest that was accepted.
 
     Raises:
-        UserError: policy and contract do not fit; every mismatch is named.
+        UserError: policy and contract do not fit; every mismatch is named. Or the scheduler does not fit the policy or
+            the delay.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class Runner:
         settings: RunnerSettings | None = None,
         *,
         prefix_steps: int | None = None,
+        prior_delay: float = 0.0,
     ) -> None:
         self.contract, self.limits, self.clock = contract, limits, clock
         self.settings = settings or RunnerSettings()
@@ -141,6 +145,7 @@ class Runner:
             self.spec,
             latency=action_latency(contract),
             lookahead=self.settings.lookahead,
+            prior_delay=prior_delay,
             prefix_steps=prefix_steps,
         )
         self.machine = Machine()

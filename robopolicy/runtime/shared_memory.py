@@ -28,7 +28,7 @@ _TEXT = 4096
 _NONE = -1
 _ALIGNMENT = 64
 
-# words of the state, int64
+# words of the state, int64; READY is 0 until the policy is warm, then the ns of a usual inference, at least 1
 _OFFERED, _IN_USE, _CLOSING = 0, 1, 2
 BEAT, BUSY_SINCE, READY, FAILURES = 3, 4, 5, 6
 _REPORTS, _REPORT_BYTES = 7, 8

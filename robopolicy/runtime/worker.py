@@ -11,7 +11,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from robopolicy.export.rtc_config import RtcConfig
 from robopolicy.manifest import read_manifest
+from robopolicy.runtime.clock import NS
 from robopolicy.runtime.exchange import Chunk, Health, Request
 from robopolicy.runtime.inference_process import Job
 from robopolicy.runtime.shared_memory import BEAT, BUSY_SINCE, FAILURES, READY, SharedMemory
@@ -33,6 +35,7 @@ class ProcessWorker:
         device: of torch and of ONNX Runtime, see `robopolicy.export.open.open_policy`.
         allow_native_code: load engines that are compiled code.
         extra_delay: seconds that every inference takes longer, for experiments.
+        rtc: of the engine ``torch-rtc``, see `robopolicy.export.open.open_policy`.
 
     Raises:
         UserError: the bundle is not there or not a policy's.
@@ -47,6 +50,7 @@ class ProcessWorker:
         device: str | None = None,
         allow_native_code: bool = False,
         extra_delay: float = 0.0,
+        rtc: RtcConfig | None = None,
     ) -> None:
         self._spec = PolicySpec.from_dict(read_manifest(bundle, verify=False)["spec"])
         self._memory = SharedMemory(self._spec)
@@ -62,6 +66,7 @@ class ProcessWorker:
             self._memory.file,
             self._wake,
             extra_delay,
+            None if rtc is None else asdict(rtc),
         )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "robopolicy.runtime.inference_process", json.dumps(asdict(job))],
@@ -125,15 +130,16 @@ class ProcessWorker:
             how = f"was ended by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with code {code}"
             error = f"The inference process {how}."
         state = self._memory.state
-        busy_since = int(state[BUSY_SINCE])
+        busy_since, ready = int(state[BUSY_SINCE]), int(state[READY])
         return Health(
-            ready=bool(state[READY]),
+            ready=bool(ready),
             alive=code is None,
             beat=int(state[BEAT]),
             busy_since=busy_since or None,
             error=error,
             failures=int(state[FAILURES]),
             superseded=self._superseded,
+            usual=ready / NS,
         )
 
     def close(self, grace: float = 1.0) -> None:

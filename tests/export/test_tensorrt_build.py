@@ -90,7 +90,8 @@ def assert_plan_is_of(plan, graph):
     assert sum(plan.precisions.values()) > 0.9 * plan.layers  # the ends of a loop have no output
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# U-Nets of other processes are the same graph with other numbers
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("unet edm", "unet flow")])
 def test_every_family_builds_for_three_gpus_in_one_plan(family, tmp_path):
     sizes = {}
     for dtype, exporter in ((torch.float32, "torchscript"), (torch.float16, "dynamo")):

@@ -92,6 +92,9 @@ def test_only_settings_that_were_changed_reach_the_scheduler() -> None:
     changed = values | {"scheduler.execute": 4, "scheduler.delay.window": 3}
     expected = RealTimeChunkingSettings(execute=4, delay=DelaySettings(window=3))
     assert parameters.scheduler_settings(changed) == expected
+    guided = values | {"scheduler.mode": "vjp", "scheduler.beta": 0.0, "scheduler.warm_start": 3}
+    expected = RealTimeChunkingSettings(mode="vjp", beta=0.0, warm_start=3)
+    assert parameters.scheduler_settings(guided) == expected
     with pytest.raises(UserError, match=r"scheduler.name=synchronous has no such setting; it has execute, settle"):
         parameters.scheduler_settings(values | {"scheduler.name": "synchronous", "scheduler.mode": "vjp"})
     with pytest.raises(UserError, match="'rct'"):

@@ -409,7 +409,7 @@ def test_a_policy_that_is_a_little_slow_drives_on(world: World) -> None:
 
 
 def test_a_policy_that_is_much_too_slow(world: World) -> None:
-    world.start_policy(extra_delay=3.0)
+    world.start_policy(extra_delay=3.0, **{"scheduler.name": "asynchronous"})  # rtc would not begin with that
     world.recover()
     until(lambda: world.client.call("start").success, what="a start")
     world.client.until_state("fault", within=TIMEOUT + BRAKING + SLOW_MACHINE)

@@ -170,6 +170,9 @@ def test_a_node_starts_by_itself_where_it_is_told_to(world):
     world.client.until_state("idle")
 
 
+GUIDED = {"engine": "torch-rtc", "scheduler.mode": "vjp"}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -180,6 +183,9 @@ def test_a_node_starts_by_itself_where_it_is_told_to(world):
         ({"scheduler.name": "rct"}, "Did you mean 'rtc'"),
         ({"scheduler.settle": 2.0}, "scheduler.name=rtc has no such setting"),
         ({"scheduler.execute": 900}, "scheduler.execute=900"),
+        ({"scheduler.warm_start": 1}, "are settings of scheduler.mode=vjp, found scheduler.mode=soft"),
+        (GUIDED | {"scheduler.warm_start": 2}, "scheduler.warm_start=2 must lie in 0..1"),
+        ({"extra_delay": 30.0}, "of inference, 0.1 s until commands are carried out"),
     ],
     ids=lambda value: str(value),
 )
@@ -233,6 +239,8 @@ def test_every_setting_of_every_scheduler_is_a_parameter():
             if field.name == "delay":
                 for inner in dataclasses.fields(field.default_factory):
                     assert known[f"scheduler.delay.{inner.name}"] == inner.default
+            elif field.default is None:  # a parameter has always a value
+                assert known[f"scheduler.{field.name}"] == -1.0
             elif field.name != "name":
                 assert known[f"scheduler.{field.name}"] == field.default
     values = {p.name: p.default for p in parameters.PARAMETERS}

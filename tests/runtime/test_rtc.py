@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
 
 from robopolicy.errors import UserError
+from robopolicy.export.open import open_policy
+from robopolicy.export.rtc_config import GUIDED_ENGINE, RtcConfig
+from robopolicy.policies.bundle import save_bundle
 from robopolicy.runtime.chunk_scheduler import (
     AsynchronousSettings,
     DelaySettings,
@@ -17,7 +21,7 @@ from robopolicy.runtime.chunk_scheduler import (
 )
 from robopolicy.runtime.clock import NS, nanoseconds
 from robopolicy.runtime.exchange import Chunk
-from robopolicy.runtime.rtc import GUIDED_ENGINE, largest_delay, prefix_mask, soft_mask
+from robopolicy.runtime.rtc import largest_delay, prefix_mask, soft_mask
 from tests.export.test_families import exported, onnx_sessions, opinionated, short
 from tests.policies.test_contract import make
 from tests.runtime.chunks import STEP, Sampler, drive, path, spec_of
@@ -82,6 +86,44 @@ def test_the_mode_and_the_engine_belong_together():
         guided.check_engine("torch")
     with pytest.raises(UserError, match="mode=soft does not fit engine=torch-rtc"):
         SOFT.check_engine(GUIDED_ENGINE)
+
+
+def test_strength_and_start_are_of_the_guided_engine():
+    assert SOFT.guidance is PREFIX.guidance is None
+    assert RealTimeChunkingSettings(mode="vjp").guidance == RtcConfig()
+    assert RealTimeChunkingSettings(mode="vjp", beta=0.0, warm_start=3).guidance == RtcConfig(0.0, 3)
+    for given in ({"beta": 0.0}, {"warm_start": 2}, {"mode": "prefix", "warm_start": 2}):
+        with pytest.raises(UserError, match=r"are settings of scheduler.mode=vjp, found scheduler.mode=(soft|prefix)"):
+            RealTimeChunkingSettings(**given)
+    for given in ({"beta": -0.5}, {"warm_start": -1}):
+        with pytest.raises(UserError, match="must not be negative"):
+            RealTimeChunkingSettings(mode="vjp", **given)
+
+
+def test_strength_and_start_reach_the_engine_of_a_bundle(tmp_path, threads_as_before):
+    """Network calls are counted: a chunk that has one before saves as many as the start leaves out."""
+    policy = opinionated(make("dit flow", low=10.0, high=30.0))
+    bundle = save_bundle(policy.eval(), tmp_path / "policy")
+    guided = RealTimeChunkingSettings(mode="vjp", beta=2.0, warm_start=5)
+    calls = []
+    with closing(open_policy(bundle, GUIDED_ENGINE, rtc=guided.guidance)) as engine:
+        sampler = engine.sessions["sampler"]._module
+        assert sampler.config == RtcConfig(2.0, 5)
+        sampler.step.network.register_forward_pre_hook(lambda *_: calls.append(1))
+        observations = {"observation.state": np.full((1, 2, 2), 20.0)}
+        noise, previous = engine.draw_noise(1, np.random.default_rng(0)), np.full((1, 8, 2), 15.0)
+        engine.sample(observations, noise)
+        assert len(calls) == 8
+        engine.sample(observations, noise, previous, soft_mask(8, 2, 4)[None])
+        assert len(calls) == 8 + 3
+        assert engine.usual_seconds(runs=4) > 0
+        assert len(calls) == 2 * (8 + 3) + 4 * 3
+    with closing(open_policy(bundle, GUIDED_ENGINE)) as engine:
+        assert engine.sessions["sampler"]._module.config == RtcConfig()
+    with pytest.raises(UserError, match="warm_start=8 must lie in 0..7: this sampler makes 8"):
+        open_policy(bundle, GUIDED_ENGINE, rtc=RtcConfig(warm_start=8))
+    with pytest.raises(UserError, match="engine=torch does not compute the published guidance"):
+        open_policy(bundle, "torch", rtc=RtcConfig())
 
 
 def followed(settings=SOFT, *, delay=0.1, **options):
@@ -213,6 +255,13 @@ def test_delays_longer_than_a_chunk_end_in_standing_still_and_are_counted(settin
             np.testing.assert_allclose(new, old, atol=1e-6)
     after = run.times > run.times[-1] - 2 * NS  # and then it recovers
     assert (abs(run.velocities[after]).max(axis=1) > 0).all()
+
+
+@pytest.fixture
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -526,6 +526,16 @@ def test_a_policy_of_another_robot_is_refused() -> None:
         Robot(replace(CONTRACT, policy_rate=20))
 
 
+def test_a_policy_that_is_known_to_be_too_slow_is_refused() -> None:
+    worker, clock = Robot().worker, SimulatedClock(NS)
+    quick = Runner(CONTRACT, LIMITS, worker, RealTimeChunkingSettings(), clock, prior_delay=0.2)
+    assert quick.status().delay == 0.2  # what it reckons with before the first chunk
+    with pytest.raises(UserError, match=r"of 7 steps; 10 are expected \(0.9 s of inference, 0.1 s until"):
+        Runner(CONTRACT, LIMITS, worker, RealTimeChunkingSettings(), clock, prior_delay=0.9)
+    assert Runner(CONTRACT, LIMITS, worker, SynchronousSettings(), clock, prior_delay=0.9)
+    assert worker.health().usual == 0  # a simulated inference takes as long as each request is told to
+
+
 def test_every_state_can_be_left_and_a_fault_only_by_a_person() -> None:
     assert {event for (state, event) in TRANSITIONS if state is State.FAULT} == {Event.RESET}
     for state in State:

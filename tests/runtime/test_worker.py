@@ -22,6 +22,7 @@ from robopolicy.errors import UserError
 from robopolicy.export.build import ExportConfig, build_engine
 from robopolicy.export.observations import find_observations
 from robopolicy.export.open import open_policy
+from robopolicy.export.rtc_config import RtcConfig
 from robopolicy.policies.bundle import load_bundle, save_bundle
 from robopolicy.policies.registry import build_policy
 from robopolicy.runtime.exchange import Request
@@ -178,6 +179,30 @@ def test_goals_and_instructions_reach_the_policy(start, told):
         worker.submit(replace(asked, instruction="x" * 5000))
 
 
+def test_a_warm_start_reaches_the_policy(start, told):
+    """It starts from the chunk before, so that it stays near where nothing else pulls."""
+    previous = np.random.default_rng(0).uniform(-1, 1, (8, 2))
+    asked = request(
+        1,
+        values={"observation.state": np.zeros((2, 2)), "goal.observation.state": np.ones(2)},
+        instruction="push the cup",
+        previous=previous,
+        mask=np.linspace(1, 0, 8),
+    )
+    distances = []
+    for config in (RtcConfig(beta=0.0), RtcConfig(beta=0.0, warm_start=1)):
+        found = ask(start(told, "torch-rtc", rtc=config), asked).actions
+        with closing(open_policy(told, "torch-rtc", rtc=config)) as policy:
+            np.testing.assert_array_equal(found, infer(policy, asked))
+        distances.append(np.abs(found - previous).mean())
+    assert distances[1] < 0.8 * distances[0]
+
+
+def test_health_tells_how_long_an_inference_usually_takes(worker, start):
+    assert 0 < worker.health().usual < 5
+    assert start(extra_delay=20.0).health().usual > 20
+
+
 def test_the_newest_request_wins(start):
     worker = start(extra_delay=0.05)
     last, seen = 300, []
@@ -312,15 +337,17 @@ def test_a_bundle_that_is_not_there_is_an_error_at_once(tmp_path):
     [
         (lambda path: None, "onnxruntime-fp33", "Did you mean 'onnxruntime-fp32'"),
         (lambda path: (path / "engines/onnxruntime-fp32/sampler.onnx").write_bytes(b"x"), None, "truncated or changed"),
+        (lambda path: None, "torch-rtc", "scheduler.warm_start=2 must lie in 0..1"),
     ],
 )
 def test_why_a_policy_does_not_load_is_told(bundle, tmp_path, damage, engine, message):
     path = Path(shutil.copytree(bundle, tmp_path / "policy"))
     damage(path)
-    with closing(ProcessWorker(path, engine)) as worker:
+    rtc = RtcConfig(warm_start=2) if engine == "torch-rtc" else None
+    with closing(ProcessWorker(path, engine, rtc=rtc)) as worker:
         wait_for(lambda: not worker.health().alive, "it gives up")
         health = worker.health()
-        assert message in health.error and not health.ready
+        assert message in health.error and not health.ready and health.usual == 0
 
 
 def test_ctrl_c_is_left_to_the_control_process(worker):

@@ -47,6 +47,7 @@ SHORTER = {
     "align": TINY,
     "calibrate-guidance": "windows=8 threads=1",
     "describe": "calls=1",
+    "eval bundle=runs/drawer/bundles/last suite=dynamics": "episodes=1 videos=0",
     "eval": "episodes=2 videos=0",
     "export": "exporter=torchscript observations=8",
     "bench": "runs=10",

@@ -213,9 +213,10 @@ class PolicyNode(LifecycleNode):
         bundle, engine = Path(str(values["bundle"])).expanduser(), str(values["engine"])
         engine, spec, fingerprint = policy_of(bundle, engine)
         check_fit(robot.contract, spec)
-        scheduling = parameters.scheduler_settings(values)
+        scheduling, rtc = parameters.scheduler_settings(values), None
         if isinstance(scheduling, RealTimeChunkingSettings):
             scheduling.check_engine(engine)
+            rtc = scheduling.guidance
         settings = parameters.runner_settings(values)
         instruction = parameters.instruction_of(str(values["instruction"]), spec)
         goal = parameters.goal_of(str(values["goal"]), spec)
@@ -229,14 +230,16 @@ class PolicyNode(LifecycleNode):
             threads=int(values["threads"]),
             allow_native_code=bool(values["allow_native_code"]),
             extra_delay=float(values["extra_delay"]),
+            rtc=rtc,
         )
         self._resources.append(worker.close)
         trained = prefix_steps(read_manifest(bundle, verify=False))
-        runner = Runner(
-            robot.contract, robot.limits, worker, scheduling, self._monotonic, settings, prefix_steps=trained
+        made = partial(
+            Runner, robot.contract, robot.limits, worker, scheduling, self._monotonic, settings, prefix_steps=trained
         )
+        made()  # a misfit that has nothing to do with the delay is told at once
+        runner = made(prior_delay=self._wait_for(worker, float(values["configure_timeout"])))
         runner.instruction, runner.goal = instruction, goal
-        self._wait_for(worker, float(values["configure_timeout"]))
         about = {
             "robot": robot.contract.robot,
             "bundle": str(bundle),
@@ -258,13 +261,13 @@ class PolicyNode(LifecycleNode):
         where = "~/shadow/ (dry run)" if dry_run else "the robot"
         log.info(f"Ready; commands go to {where}. Policy {fingerprint}, {engine}, {scheduling.name}.")
 
-    def _wait_for(self, worker: ProcessWorker, timeout: float) -> None:
-        """Until the policy is warm; meanwhile the node does not answer."""
+    def _wait_for(self, worker: ProcessWorker, timeout: float) -> float:
+        """Until the policy is warm; meanwhile the node does not answer. Returns the seconds of a usual inference."""
         began = time.monotonic()
         while True:
             health = worker.health()
             if health.ready:
-                return
+                return health.usual
             if health.error or not health.alive:
                 raise UserError(f"The policy cannot be loaded. {health.error}".strip())
             if self._interrupted is not None and self._interrupted.is_set():
