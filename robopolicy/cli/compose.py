@@ -54,6 +54,22 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: Path | None 
     return resolve(config)
 
 
+def compose_with_texts(name: str, overrides: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
+    """`compose_config`, where some entries are plain text, whose commas and signs Hydra would read as its own.
+
+    Args:
+        keys: of these entries, on the first level.
+    """
+    texts: dict[str, str | None] = {}
+    for override in overrides:
+        key, given, text = override.partition("=")
+        if given and key in keys:
+            quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+            texts[key] = text[1:-1] if quoted else None if text in ("", "null") else text
+    others = [override for override in overrides if override.partition("=")[0] not in texts]
+    return compose_config(name, others) | texts
+
+
 def resolve(config: DictConfig) -> dict[str, Any]:
     """Plain values of a configuration.
 

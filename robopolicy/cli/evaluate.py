@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robopolicy.cli.compose import compose_config, config_folder
+from robopolicy.cli.compose import compose_with_texts, config_folder
 from robopolicy.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ class Settings:
 def run(args: argparse.Namespace) -> int:
     from robopolicy.configuration import dataclass_from
 
-    settings = dataclass_from(Settings, composed(args.overrides), "")
+    settings = dataclass_from(Settings, compose_with_texts("eval", args.overrides, ("instruction", "goal")), "")
+    from robopolicy.data.goal_file import given_goal
     from robopolicy.evaluation.evaluate import evaluate, evaluate_suite
     from robopolicy.evaluation.launch.launcher import player
     from robopolicy.evaluation.suite import load_suite
@@ -113,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
     policy, manifest = load_bundle(path, join_processes(settings.device).device)
     override_sampler(policy, settings.sampler)
     places = judged_in(settings, manifest["task"])
-    goal = set_goal(policy, settings.goal)
+    pursued = given_goal(settings.goal, policy.spec.goals)
+    if pursued is not None:
+        policy.goal = pursued.values
     place = places[0] if len(places) == 1 else None
     if place and place.instruction:
         policy.check_instruction(place.instruction)
@@ -131,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
             "fingerprint": bundle_fingerprint(manifest),
             "sampler": asdict(policy.sampler),
             "batches": batches,  # they decide the last digits
-            **({"goal": goal} if goal else {}),
+            **({"goal": pursued.description} if pursued else {}),
             **engine_entry(settings, path),
             **steering_entry(settings.steering),
         },
@@ -237,18 +240,6 @@ def override_sampler(policy: Policy, sampler: Sampler) -> None:
     policy.check_sampler(policy.sampler)
 
 
-def composed(overrides: Sequence[str]) -> dict[str, Any]:
-    """The configuration; instruction and goal are plain text, whose commas and signs Hydra would read as its own."""
-    texts = {}
-    for override in overrides:
-        key, given, text = override.partition("=")
-        if given and key in ("instruction", "goal"):
-            quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-            texts[key] = text[1:-1] if quoted else None if text in ("", "null") else text
-    others = [override for override in overrides if override.partition("=")[0] not in texts]
-    return compose_config("eval", others) | texts
-
-
 def judged_in(settings: Settings, task: Mapping[str, Any]) -> list[TaskPlace]:
     """The environments to judge the policy in, and what it is asked to do there.
 
@@ -283,24 +274,6 @@ def judged_in(settings: Settings, task: Mapping[str, Any]) -> list[TaskPlace]:
         usual = place.environment_options
         places = [TaskPlace(place.environment, usual if options is None else options, instruction or place.instruction)]
     return [replace(p, environment_options=absolute_files(p.environment_options, Path.cwd())) for p in places]
-
-
-def set_goal(policy: Policy, place: str | None) -> str:
-    """Give a goal-conditioned policy its goal; returns its description, empty where there is none.
-
-    Raises:
-        UserError: the policy takes a goal and ``place`` is None, or the other way round; or see `load_goal`.
-    """
-    from robopolicy.data.goal_file import SYNTAX, load_goal
-
-    if place is None:
-        if policy.spec.goals:
-            keys = ", ".join(key.key for key in policy.spec.goals)
-            raise UserError(f"This policy pursues a goal ({keys}); give one: {SYNTAX}.")
-        return ""
-    goal = load_goal(place, policy.spec.goals)
-    policy.goal = goal.values
-    return goal.description
 
 
 def suite_path(name: str) -> Path:

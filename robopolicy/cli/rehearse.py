@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robopolicy.cli.compose import compose_config
+from robopolicy.cli.compose import compose_with_texts
 from robopolicy.errors import UserError
 
 if TYPE_CHECKING:
+    from robopolicy.data.goal_file import Goal
     from robopolicy.evaluation.realtime import Motion, RealtimeResult
 
 HELP = """\
@@ -20,6 +21,7 @@ Rehearse a deployment in simulation: the same runner that drives a robot, with d
   robopolicy rehearse bundle=runs/a/bundles/last delays=[0,0.1,0.2]
   robopolicy rehearse bundle=… schedulers=[synchronous,temporal_ensembling,rtc] delays=[0,0.2] episodes=100
   robopolicy rehearse bundle=… settings='{rtc: {execute: 4}}' engine=openvino-fp32
+  robopolicy rehearse bundle=… goal=demos.zarr#7@120
 
 robopolicy eval stops the world during inference; a robot cannot. Here an inference takes as long as you say, commands
 go out at command_rate through the safety filter, and chunks are executed by a scheduler (docs/chunking.md). Time is
@@ -70,6 +72,7 @@ class Settings:
     allow_native_code: bool = False
     environment: str | None = None
     environment_options: dict[str, Any] | None = None
+    goal: str | None = None
     time_limit: float | None = None
     out: str | None = None
 
@@ -84,7 +87,8 @@ class Settings:
 def run(args: argparse.Namespace) -> int:
     from robopolicy.configuration import dataclass_from
 
-    settings = dataclass_from(Settings, compose_config("rehearse", args.overrides), "")
+    settings = dataclass_from(Settings, compose_with_texts("rehearse", args.overrides, ("goal",)), "")
+    from robopolicy.data.goal_file import given_goal
     from robopolicy.evaluation.realtime import Delays, Motion, evaluate_realtime
     from robopolicy.evaluation.results import write_json
     from robopolicy.export.open import open_policy
@@ -110,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for scheduler in chunking:
         scheduler.check_engine(policy.name)
+    goal = given_goal(settings.goal, policy.spec.goals)
     motion = Motion(settings.motion.velocity, settings.motion.acceleration, settings.motion.jerk)
     results = [
         evaluate_realtime(
@@ -124,12 +129,13 @@ def run(args: argparse.Namespace) -> int:
             runner=RunnerSettings(lookahead=settings.lookahead),
             time_limit=settings.time_limit,
             prefix_steps=prefix_steps(manifest),
+            goal=goal.values if goal else None,
         )
         for delay in settings.delays
         for scheduler in schedulers
     ]
     policy.close()
-    write_json(out / "rehearsal.json", _described(environment, options, motion, settings, results))
+    write_json(out / "rehearsal.json", _described(environment, options, motion, goal, settings, results))
     print(
         f"{environment}, {settings.episodes} episodes each, engine {policy.name}, {settings.command_rate:g} commands/s"
     )
@@ -173,7 +179,12 @@ def print_results(results: Sequence[RealtimeResult]) -> None:
 
 
 def _described(
-    environment: str, options: dict[str, Any], motion: Motion, settings: Settings, results: Sequence[RealtimeResult]
+    environment: str,
+    options: dict[str, Any],
+    motion: Motion,
+    goal: Goal | None,
+    settings: Settings,
+    results: Sequence[RealtimeResult],
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -182,6 +193,7 @@ def _described(
         "engine": settings.engine,
         "environment": environment,
         "environment_options": options,
+        **({"goal": goal.description} if goal else {}),
         "command_rate": settings.command_rate,
         "lookahead": settings.lookahead,
         "motion": asdict(motion),

@@ -37,6 +37,23 @@ class Goal:
     description: str
 
 
+def given_goal(place: str | None, keys: Sequence[KeySpec]) -> Goal | None:
+    """The goal of a policy that may pursue one; None where it takes none.
+
+    Args:
+        place, keys: see `load_goal`; None: none is given.
+
+    Raises:
+        UserError: the policy takes a goal and none is given; or see `load_goal`.
+    """
+    if place is not None:
+        return load_goal(place, keys)
+    if keys:
+        names = ", ".join(key.key for key in keys)
+        raise UserError(f"This policy pursues a goal ({names}); give one: {SYNTAX}.")
+    return None
+
+
 def load_goal(place: str, keys: Sequence[KeySpec]) -> Goal:
     """Read the goal keys of a policy at one step of a dataset.
 

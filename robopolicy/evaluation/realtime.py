@@ -152,6 +152,7 @@ def evaluate_realtime(
     runner: RunnerSettings | None = None,
     time_limit: float | None = None,
     prefix_steps: int | None = None,
+    goal: Mapping[str, np.ndarray] | None = None,
     progress: bool = True,
 ) -> RealtimeResult:
     """Play one episode for each seed in simulated real time.
@@ -166,12 +167,11 @@ def evaluate_realtime(
         runner: settings of the runner.
         time_limit: seconds; None takes the task's own.
         prefix_steps: longest prefix that the policy was trained with; None: unknown.
+        goal: of a goal-conditioned policy, by key, ``(*key.shape)``.
 
     Raises:
         UserError: the task cannot be run in real time, or the policy does not fit it.
     """
-    if policy.spec.goals:
-        raise UserError("A goal-conditioned policy cannot be rehearsed yet: there is nowhere to give the goal.")
     env_id = task_id(env_name)
     limit = time_limit or _time_limit(env_id, options)
     with closing(_make(env_id, options, command_rate)) as env:
@@ -182,7 +182,7 @@ def evaluate_realtime(
             for seed in bar:
                 world = _World(env, contract, seed)
                 made = partial(Runner, contract, limits, prefix_steps=prefix_steps)
-                episode = _play(world, policy, made, scheduler, delays, runner or RunnerSettings(), limit)
+                episode = _play(world, policy, made, scheduler, delays, runner or RunnerSettings(), limit, goal or {})
                 episodes.append(episode)
                 bar.set_postfix_str(f"success {np.mean([e.success for e in episodes]):.1%}")
     return RealtimeResult(scheduler, delays, tuple(episodes))
@@ -224,11 +224,13 @@ def _play(
     delays: Delays,
     how: RunnerSettings,
     time_limit: float,
+    goal: Mapping[str, np.ndarray],
 ) -> RealtimeEpisode:
     clock = SimulatedClock(NS)
     worker = SimulatedWorker(policy, clock, delays.drawn(world.seed))
     seeded = RunnerSettings(world.seed * 10_000, how.lookahead)  # as many chunks an episode may have
     runner = made(worker, settings, clock, seeded)
+    runner.goal = goal
     runner.instruction = str(getattr(world.env.unwrapped, "instruction", "")) if policy.spec.tasks else None
     period = nanoseconds(runner.period)
     world.publish(runner, clock.now())

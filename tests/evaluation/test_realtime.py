@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,32 @@ def test_a_plan_ahead_keeps_up_with_the_ring_where_pauses_lose_it() -> None:
     assert ahead.mean("pause") < 0.1 < paused.mean("pause")
     for episode in (*ahead.episodes, *paused.episodes):
         assert episode.state == State.RUNNING.value and episode.acceleration <= 1 + 1e-6 and episode.seam <= 1 + 1e-6
+
+
+class Told(Foresight):
+    """It stays where it is unless the goal says 1."""
+
+    spec = replace(SPEC, goals=(KeySpec("observation.state", (8,)),))
+
+    def sample(self, observations: Any, noise: Any, previous: Any = None, mask: Any = None) -> np.ndarray:
+        follows = super().sample(observations, noise)
+        here = np.asarray(observations["observation.state"], np.float32)[:, -1:, :2]
+        return follows if observations["goal.observation.state"][0, 0] == 1 else np.broadcast_to(here, follows.shape)
+
+
+@pytest.mark.parametrize("told", [1.0, 0.0])
+def test_a_policy_pursues_the_goal_that_is_given(told: float) -> None:
+    result = evaluate_realtime(
+        Told(),
+        "track_target",
+        {},
+        RealTimeChunkingSettings(execute=4),
+        Delays(0.1),
+        SEEDS[:2],
+        goal={"observation.state": np.full(8, told, np.float32)},
+        progress=False,
+    )
+    assert [e.success for e in result.episodes] == 2 * [bool(told)]
 
 
 def test_the_same_rehearsal_twice_is_the_same() -> None:

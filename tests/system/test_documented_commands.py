@@ -104,8 +104,9 @@ PROMISED = {
     "fidelity.md": "fidelity.html results/a/report.html results/b/report.html selection.json",
     "randomization.md": "data/varied.zarr data/late.zarr",
     "policies.md": (
-        "results/flow/report.html results/goal/report.html results/tasks/summary.json results/window/report.html "
-        "runs/dit/bundles/last runs/extended/bundles/last results/one_call/report.html runs/lora/bundles/last"
+        "results/flow/report.html results/goal/report.html results/goal_rehearsed/rehearsal.json "
+        "results/tasks/summary.json results/window/report.html runs/dit/bundles/last runs/extended/bundles/last "
+        "results/one_call/report.html runs/lora/bundles/last"
     ),
     "scale.md": "results/processes/report.html results/ray/report.html",
     "simulation.md": (
