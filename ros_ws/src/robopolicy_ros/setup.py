@@ -40,6 +40,7 @@ setup(
             "teleop_node = robopolicy_ros.teleop_node:main",
             "calibrate_latency = robopolicy_ros.calibrate_latency:main",
             "so101_driver_node = robopolicy_ros.so101_driver_node:main",
+            "gripper_action_node = robopolicy_ros.gripper_action_node:main",
             "collect = robopolicy_ros.collect:main",
             "evaluate = robopolicy_ros.evaluate:main",
             "bag = robopolicy_ros.bag:main",

@@ -18,6 +18,9 @@ COMMAND = QoSProfile(
 COMMAND_SUBSCRIPTION = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=50, reliability=ReliabilityPolicy.RELIABLE)
 """Listeners to commands, which miss none while they are busy."""
 
+NEWEST_COMMAND = QoSProfile(history=HistoryPolicy.KEEP_LAST, depth=1, reliability=ReliabilityPolicy.RELIABLE)
+"""Listeners to set points of which only the newest counts."""
+
 LATCHED = QoSProfile(
     history=HistoryPolicy.KEEP_LAST,
     depth=1,
