@@ -58,6 +58,17 @@ def test_set_points_of_a_sender_that_was_late() -> None:
     assert "velocity" in set_points(jump[missing], times[missing])
 
 
+def test_set_points_of_a_sender_that_was_held_up_between_the_clock_and_the_sending() -> None:
+    """One comes late although it is of its time; the next one, on time, makes up for all that was missed."""
+    at = np.array([*range(101), 101, 106, *range(107, 300)])  # periods for which they were made
+    times = PERIOD * at.astype(float)
+    times[101] = PERIOD * 105.9
+    assert not set_points(smooth(amplitude=0.3, rate=3.2)[at], times)
+    jump = smooth(amplitude=0.3, rate=3.2)
+    jump[106:] += 0.2
+    assert "velocity" in set_points(jump[at], times)
+
+
 def changed(change: Callable[[np.ndarray], object]) -> np.ndarray:
     positions = smooth()
     change(positions)

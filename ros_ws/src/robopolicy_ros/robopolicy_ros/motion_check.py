@@ -116,6 +116,7 @@ class SetPointCheck:
         self._last: np.ndarray | None = None
         self._velocity: np.ndarray | None = None
         self._sent = 0.0
+        self._punctual = (np.zeros(0), 0.0)  # the last set point before any were late, and when it was sent
         self._disturbed = 0
 
     def restart(self) -> None:
@@ -125,7 +126,8 @@ class SetPointCheck:
     def check(self, sent: float, position: np.ndarray, measured: np.ndarray | None = None) -> None:
         """Judge one set point.
 
-        Where cycles of the sender were late, it moves on by as many periods as have passed, and one more or less.
+        Where cycles of the sender were late, it moves on by as many periods as have passed since it was punctual, and
+        two more or less: between its look at the clock and the sending it may be held up, too.
 
         Args:
             sent: seconds.
@@ -142,12 +144,17 @@ class SetPointCheck:
             if measured is not None and np.abs(position - measured).max() > self.max_step + slack.position:
                 found.add("first set point", f"{np.abs(position - measured).max():.4g} from the robot")
             self._last, self._velocity, self._sent = position, None, sent
+            self._punctual = (position, sent)
             return
         passed = (sent - self._sent) / self.period
         self._disturbed = _MAKING_UP if passed > 1.1 else max(0, self._disturbed - 1)
         late = self._disturbed > 0
-        periods = np.ceil(passed) + 1 if late else 1.0
-        velocity = (position - self._last) / self.period / periods
+        velocity = (position - self._last) / self.period
+        if late:
+            before, then = self._punctual
+            velocity = (position - before) / self.period / (np.ceil((sent - then) / self.period) + 2)
+        else:
+            self._punctual = (position, sent)
         noise = slack.position / self.period
         excess = (np.abs(velocity) - bounds.velocity * (1 + slack.share) - noise).max()
         if excess > 0:
