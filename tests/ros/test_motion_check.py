@@ -60,13 +60,13 @@ def test_set_points_of_a_sender_that_was_late() -> None:
 
 def test_set_points_of_a_sender_that_was_held_up_between_the_clock_and_the_sending() -> None:
     """One comes late although it is of its time; the next one, on time, makes up for all that was missed."""
-    at = np.array([*range(101), 101, 106, *range(107, 300)])  # periods for which they were made
-    times = PERIOD * at.astype(float)
-    times[101] = PERIOD * 105.9
-    assert not set_points(smooth(amplitude=0.3, rate=3.2)[at], times)
+    made = np.array([*range(246), *range(250, 300)])  # periods for which they were made, where the motion is fast
+    times = PERIOD * made.astype(float)
+    times[245] = PERIOD * 249.9
+    assert not set_points(smooth(amplitude=0.3, rate=3.2)[made], times)
     jump = smooth(amplitude=0.3, rate=3.2)
-    jump[106:] += 0.2
-    assert "velocity" in set_points(jump[at], times)
+    jump[250:] += 0.1
+    assert "velocity" in set_points(jump[made], times)
 
 
 def changed(change: Callable[[np.ndarray], object]) -> np.ndarray:
