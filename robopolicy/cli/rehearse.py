@@ -103,7 +103,6 @@ def run(args: argparse.Namespace) -> int:
     environment, options = _place(settings, manifest["task"])
     schedulers = [scheduler_settings(name, (settings.settings or {}).get(name, {})) for name in settings.schedulers]
     out = Path(settings.out) if settings.out else bundle.parent.parent / "rehearsal"
-    out.mkdir(parents=True, exist_ok=True)
     chunking = [scheduler for scheduler in schedulers if isinstance(scheduler, RealTimeChunkingSettings)]
     policy = open_policy(
         bundle,
@@ -115,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     for scheduler in chunking:
         scheduler.check_engine(policy.name)
     goal = given_goal(settings.goal, policy.spec.goals)
+    out.mkdir(parents=True, exist_ok=True)
     motion = Motion(settings.motion.velocity, settings.motion.acceleration, settings.motion.jerk)
     results = [
         evaluate_realtime(
